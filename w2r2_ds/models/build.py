@@ -19,6 +19,7 @@ from w2r2_ds.kernels.bind import bind_kernels
 from w2r2_ds.kernels.candidates import Shapes
 from w2r2_ds.kernels.measure import select_kernels
 from w2r2_ds.kernels.select import resolve_attention, resolve_dtype
+from w2r2_ds.models.attention.causal_sdpa import use_causal_sdpa
 from w2r2_ds.models.family import VlmFamily, find_family
 from w2r2_ds.models.fusion import make_fusion
 from w2r2_ds.models.geometry_encoder import GEOMETRY_ENCODERS, GeometryEncoder
@@ -100,6 +101,7 @@ def build_model(
     torch.manual_seed(seed)
     peft = add_lora(vlm, config.lora_rank, config.lora_alpha, config.lora_dropout)
     family = find_family(vlm.config.model_type)
+    use_causal_sdpa(family.language_model(vlm))
     # After LoRA, whose layers are among those that get a kernel.
     bind_kernels(family.language_model(vlm), kernels)
     geometry = load_geometry(config, device)

@@ -10,7 +10,7 @@ A packed sequence consists of groups. A group is a prefix (the frames that its s
 transformers finds the attention function by its name in the text model's config, and passes the keyword arguments of
 the model's forward on to it. The two functions of this file take the spans of the sequence as such a keyword (Python
 integers: no host-device synchronisation) and split the attention, so that no mask ``[length, length]`` is needed.
-Calls without spans (generation, padded batches) use SDPA as transformers does.
+Calls without spans (generation, padded batches) use `causal_sdpa`.
 """
 
 from __future__ import annotations
@@ -23,11 +23,10 @@ from typing import Any
 
 import torch
 from torch.nn.attention.bias import causal_lower_right
-from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn.functional import pad
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
+from w2r2_ds.models.attention.causal_sdpa import CAUSAL_SDPA, causal_mask, causal_sdpa, grouped_sdpa
 from w2r2_ds.types.batch import Layout
 
 Spans = tuple[tuple[int, ...], ...]
@@ -36,8 +35,8 @@ Spans = tuple[tuple[int, ...], ...]
 SPANS = "packed_spans"
 """Name of the text model's keyword argument for the spans."""
 
-PACKED = {"sdpa": "packed_sdpa", "flash_attention_2": "packed_varlen"}
-"""`model.attention` -> registered attention function that replaces it for packed sequences."""
+PACKED = {"sdpa": "packed_sdpa", CAUSAL_SDPA: "packed_sdpa", "flash_attention_2": "packed_varlen"}
+"""Attention of the text model -> registered attention function that replaces it for packed sequences."""
 
 
 def use_packed_attention(vlm: PreTrainedModel) -> None:
@@ -51,7 +50,7 @@ def use_packed_attention(vlm: PreTrainedModel) -> None:
         return
     if name not in PACKED:
         raise ValueError(
-            f"model.attention is {name}, which cannot take packed sequences; choose {' or '.join(PACKED)}, or give "
+            f"model.attention is {name}, which cannot take packed sequences; choose sdpa or flash_attention_2, or give "
             "data.questions_per_scene 1 and data.packing false."
         )
     if name == "flash_attention_2" and find_spec("flash_attn") is None:
@@ -70,7 +69,9 @@ def attention_inputs(vlm: PreTrainedModel, layout: Layout) -> dict[str, Any]:
     spans = layout.spans
     packed = len(spans) == 1 and vlm.model.language_model.config._attn_implementation in PACKED.values()
     if packed:
-        return {"attention_mask": None, SPANS: spans[0]}
+        # So the padding of a packed sequence can belong to its last span.
+        *groups, (*last, _) = spans[0]
+        return {"attention_mask": None, SPANS: (*groups, (*last, layout.group.shape[1]))}
     # Without spans, a token would attend to all tokens before it, including those of other samples.
     assert all(len(groups) == 1 and len(groups[0]) == 2 for groups in spans), (
         "a packed batch needs `use_packed_attention`"
@@ -95,13 +96,13 @@ def packed_sdpa(
         query: ``[1, heads, length, head size]``.
         key, value: ``[1, key heads, length, head size]``.
         attention_mask: None with spans.
-        packed_spans: spans of the sequence; None uses SDPA as transformers does.
+        packed_spans: spans of the sequence; None calls `causal_sdpa`.
 
     Returns:
         ``[1, length, heads, head size]``, and None in place of attention weights.
     """
     if packed_spans is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+        return causal_sdpa(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     _check(query, attention_mask, dropout, packed_spans)
     # Query, key and value, each cut into prefixes and suffixes in the order of the sequence. Views, no copies.
     split = [torch.split(each, _lengths(packed_spans), dim=2) for each in (query, key, value)]
@@ -110,21 +111,20 @@ def packed_sdpa(
         # A group of n + 1 boundaries has n parts; `results` has one tensor per part of the groups before.
         first, last = len(results), len(results) + len(group) - 1
         q, k, v = (parts[first:last] for parts in split)
-        options: dict[str, Any] = {"scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
-        results.append(scaled_dot_product_attention(q[0], k[0], v[0], is_causal=True, **options))
+        results.append(grouped_sdpa(q[0], k[0], v[0], is_causal=True, scale=scaling))
         if len(q) > 1:
-            results += _suffixes(q, k, v, options)
+            results += _suffixes(q, k, v, scaling)
     return torch.cat(results, dim=2).transpose(1, 2).contiguous(), None
 
 
 def _suffixes(
-    query: Sequence[torch.Tensor], key: Sequence[torch.Tensor], value: Sequence[torch.Tensor], options: dict[str, Any]
+    query: Sequence[torch.Tensor], key: Sequence[torch.Tensor], value: Sequence[torch.Tensor], scaling: float | None
 ) -> list[torch.Tensor]:
     """Outputs of all suffixes of a group from one SDPA call, ``[1, heads, tokens, head size]`` each.
 
     Args:
         query, key, value: parts of the group, prefix first, ``[1, heads, tokens, head size]`` each.
-        options: further arguments of SDPA.
+        scaling: factor of the scores; None is 1 / sqrt(head size).
     """
     # The suffixes form a batch, padded at the end to the longest one. No real token attends to the padding, since
     # attention is causal; the outputs of the padding are cut off.
@@ -139,7 +139,7 @@ def _suffixes(
     # Query i attends to the keys up to prefix + i. On a GPU this bias selects flash attention's bottom-right causal
     # mode; elsewhere SDPA makes the mask [longest, prefix + longest].
     bias = causal_lower_right(longest, prefix + longest)
-    output = scaled_dot_product_attention(stack(query), keys, values, attn_mask=bias, **options)
+    output = grouped_sdpa(stack(query), keys, values, attn_mask=bias, scale=scaling)
     return [output[i : i + 1, :, :length] for i, length in enumerate(lengths)]
 
 
@@ -156,7 +156,7 @@ def packed_varlen(
 ) -> tuple[torch.Tensor, None]:
     """Packed attention on flash-attn, as one call with variable lengths; arguments and results as `packed_sdpa`."""
     if packed_spans is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+        return causal_sdpa(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     from flash_attn import flash_attn_varlen_func
 
     _check(query, attention_mask, dropout, packed_spans)
@@ -223,4 +223,4 @@ def _check(query: torch.Tensor, mask: torch.Tensor | None, dropout: float, spans
 
 for _name, _function in (("packed_sdpa", packed_sdpa), ("packed_varlen", packed_varlen)):
     AttentionInterface.register(_name, _function)
-    AttentionMaskInterface.register(_name, sdpa_mask)  # returns None if there is no padding mask
+    AttentionMaskInterface.register(_name, causal_mask)  # returns None if there is no padding mask
