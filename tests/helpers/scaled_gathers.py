@@ -26,12 +26,14 @@ class GatherRecord:
         elements: number of gathered elements.
         late: number of elements whose gather had not begun when their layer was called.
         live: largest number of elements gathered at a time, other parameters included.
+        tower: number of fetches of modules of the vision tower that have weights.
     """
 
     gathered: Counter[int] = field(default_factory=Counter)
     elements: int = 0
     late: int = 0
     live: int = 0
+    tower: int = 0
 
 
 @contextlib.contextmanager
@@ -50,6 +52,7 @@ def record_gathers(model: Any) -> Iterator[GatherRecord]:
     found = GatherRecord()
     register, fetch = InflightParamRegistry.__setitem__, PartitionedParameterCoordinator._fetch_sub_module_impl
     absent = ZeroParamStatus.NOT_AVAILABLE
+    tower = set(model.family.vision_tower(model.base).modules())
 
     def registered(self: Any, parameter: Any, handle: Any) -> None:
         register(self, parameter, handle)
@@ -59,7 +62,9 @@ def record_gathers(model: Any) -> Iterator[GatherRecord]:
         found.live = max(found.live, sum(each.ds_numel for each in sharded if each.ds_status != absent))
 
     def fetched(self: Any, module: Any, forward: bool, is_leaf: bool) -> None:
-        if is_leaf:
+        if module in tower:
+            found.tower += any(True for _ in module.parameters(recurse=is_leaf))
+        elif is_leaf:
             found.late += sum(each.ds_numel for each in module.parameters() if each.ds_status == absent)
         fetch(self, module, forward, is_leaf)
 

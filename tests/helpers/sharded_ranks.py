@@ -73,6 +73,7 @@ def work(folder: Path) -> None:
     unsharded(x).backward()
     exact = {name: p.grad for name, p in unsharded.named_parameters() if p.requires_grad}
     zero = {"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_max_live_parameters": 0}
+    zero |= {"memory_efficient_linear": False}
     settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero, "zero_allow_untested_optimizer": True}
     found = {}
     for leaf in (True, False):

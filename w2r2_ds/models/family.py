@@ -31,7 +31,7 @@ class VlmFamily(ABC):
     """Everything that differs between families of VLMs; `model_type` in config.json selects the family.
 
     An object has no state and is pickled for DataLoader workers. The default methods follow the usual names of
-    transformers' vision-language classes: ``vlm.model.visual`` is the vision tower, ``vlm.model.language_model`` the
+    transformers' vision-language classes: ``vlm.model.visual`` is the vision tower with ``blocks``, ``vlm.model.language_model`` the
     text model with ``layers`` and ``norm``, and ``config.vision_config`` has the ``patch_size``, ``spatial_merge_size``
     and ``depth`` of the vision tower.
     """
@@ -56,6 +56,11 @@ class VlmFamily(ABC):
     def vision_tower(self, vlm: PreTrainedModel) -> PreTrainedModel:
         """The vision encoder, including its own patch merger."""
         return vlm.model.visual
+
+    def tower_blocks(self, vlm: PreTrainedModel) -> nn.ModuleList:
+        """The equal blocks of the vision encoder. ZeRO-3 gathers the weights of a block together."""
+        blocks: nn.ModuleList = vlm.model.visual.blocks
+        return blocks
 
     def speed_up_tower(self, vlm: PreTrainedModel) -> None:
         """Replace slow parts of the vision tower, in place; called once, after the weights are loaded.

@@ -54,7 +54,7 @@ def test_auto_and_missing_values_are_filled_in_a_copy() -> None:
         "gradient_accumulation_steps": 2,
         "bf16": {"enabled": True},
         "fp16": {"enabled": False},
-        "zero_optimization": {"stage": 3},
+        "zero_optimization": {"stage": 3, "memory_efficient_linear": False},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "timers": {"throughput": {"enabled": False}},
@@ -107,7 +107,7 @@ def test_invalid_hpz_partition_sizes_raise(stage: int, size: Any, words: list[st
 
 
 def test_equal_values_are_accepted_and_other_settings_unchanged() -> None:
-    zero = {"stage": 3, "log_trace_cache_warnings": True}
+    zero = {"stage": 3, "log_trace_cache_warnings": True, "memory_efficient_linear": False}
     raw = {"train_batch_size": 16, "gradient_accumulation_steps": 2, "fp16": {"enabled": False}}
     assert resolve(raw | {"zero_optimization": zero})["zero_optimization"] == zero
 
@@ -123,6 +123,7 @@ def test_equal_values_are_accepted_and_other_settings_unchanged() -> None:
         ({"bf16": True}, ["bf16 is true"]),
         ({"zero_force_ds_cpu_optimizer": True}, ["zero_force_ds_cpu_optimizer is true", "AdamW"]),
         ({"zero_allow_untested_optimizer": False}, ["zero_allow_untested_optimizer is false"]),
+        ({"zero_optimization": {"memory_efficient_linear": True}}, ["zero_optimization.memory_efficient_linear is true"]),
         ({"optimizer": {"type": "AdamW"}}, ['remove "optimizer"', "train.lr"]),
         ({"timers": {"throughput": {"enabled": True}}}, ['remove "timers"', "metrics.jsonl"]),
         ({"scheduler": {}}, ['remove "scheduler"', "train.warmup_ratio"]),

@@ -23,7 +23,7 @@ from zero3_cases import Case
 
 pytestmark = pytest.mark.distributed
 
-LAYERS = 6
+LAYERS, VISION_DEPTH = 6, 2
 REAL_LAYER = 234_500_000  # of Qwen2.5-VL-7B, with LoRA of rank 16
 HIDDEN = 64
 SMALL = {"stage3_prefetch_bucket_size": 50_000_000}
@@ -50,7 +50,7 @@ def found(tmp_path_factory: pytest.TempPathFactory, samples: list[Any], model_co
     folder: Path = tmp_path_factory.mktemp("gathers")
     texts = [text for sample in samples for text in (sample.question, sample.answer)]
     # 18944 / 3584 as at real size: a matrix of the MLP is 29 % of a layer.
-    sizes = {"hidden": HIDDEN, "intermediate": 338, "vision_hidden": 32, "vision_depth": 2}
+    sizes = {"hidden": HIDDEN, "intermediate": 338, "vision_hidden": 32, "vision_depth": VISION_DEPTH}
     path = build_tiny_vlm(folder / "vlm", texts, 3, layers=LAYERS, **sizes)
     first = meta_model(path).model.language_model.layers[0]
     layer = sum(parameter.numel() for parameter in first.parameters()) + lora_numel(first, model_config.lora_rank)
@@ -65,7 +65,6 @@ def found(tmp_path_factory: pytest.TempPathFactory, samples: list[Any], model_co
 
 def test_decoder_layers_are_prefetched(found: dict[str, Any]) -> None:
     """Every layer is fetched while the layer before it runs; a bucket smaller than a layer fetches half of it only."""
-    print(found)
     assert found["shipped"]["late"] <= 0.01 * found["shipped"]["elements"]
     assert found["small bucket"]["late"] > 0.3 * found["small bucket"]["elements"]
 
@@ -76,6 +75,12 @@ def test_layers_are_gathered_once_per_pass(found: dict[str, Any]) -> None:
     Layers that the forward pass left less than stage3_max_reuse_distance ago are still whole in the backward pass.
     """
     assert found["shipped"]["gathered"] == [2] * (LAYERS - 2) + [1, 1]
+
+
+def test_a_block_of_the_vision_tower_is_fetched_at_once(found: dict[str, Any]) -> None:
+    """One fetch per block and encode, instead of one per norm and linear layer (8); and those of its other layers."""
+    patch_embedding, merger = 1, 3
+    assert found["shipped"]["tower"] == patch_embedding + VISION_DEPTH + merger
 
 
 def test_few_layers_are_gathered_at_once(found: dict[str, Any]) -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import deepspeed
 import torch
+from deepspeed.runtime.zero.linear import zero3_linear_wrap
 from deepspeed.utils import set_z3_leaf_modules
+from peft.tuners.lora.layer import Linear as LoraLinear
+from torch import Tensor, nn
 
 from w2r2_ds.config.schema import RunConfig
 from w2r2_ds.data.answer_tokens import token_tables
@@ -40,6 +44,8 @@ def make_engine(
     end_tokens = model.family.end_tokens(model.base, frontend.tokenizer)
     scorer = Scorer(tables, frontend.tokenizer, config.objective, end_tokens)
     zero3 = ds_config.get("zero_optimization", {}).get("stage") == 3
+    if zero3:
+        release_base_weights(model.family.language_model(model.base))
     step = W2R2Step(model, config, scorer, zero3)
     step.train()
     if config.train.activation_checkpointing:
@@ -49,12 +55,34 @@ def make_engine(
     # ZeRO-3 releases a module's weights after its backward, in a hook on the gradients of its inputs. The output of the
     # frozen embedding has no gradient, so without this the hook of the first layer would not run.
     model.base.enable_input_require_grads()
+    # ZeRO-3 gathers a leaf module whole: one fetch per block of the vision tower instead of one per Linear.
+    leaves: list[type[nn.Module]] = [type(model.family.tower_blocks(model.base)[0])]
     if step.push_term.stop_gradient:
-        # ZeRO-3 gathers a leaf module whole: one fetch per layer instead of one per Linear. Not possible if both passes
-        # have a graph (`unblocked`): a leaf reduces its gradients at every backward call, and two graphs are two calls.
-        set_z3_leaf_modules(model, [decoder_layer])
+        # Decoder layers too. Not possible if both passes have a graph (`unblocked`): a leaf reduces its gradients at
+        # every backward call, and two graphs are two calls.
+        leaves.append(decoder_layer)
+    set_z3_leaf_modules(model, leaves)
     optimizer = make_optimizer(model, config.train)
     schedule = make_lr_scheduler(optimizer, config.train)
     # The optimizer has trained parameters only, so ZeRO makes master weights and moments for these only.
     engine, *_ = deepspeed.initialize(model=step, optimizer=optimizer, lr_scheduler=schedule, config=ds_config)
     return engine
+
+
+def release_base_weights(language_model: nn.Module) -> None:
+    """Let ZeRO-3 free the frozen weights of LoRA projections between forward and backward pass, in place.
+
+    The graph of `torch.nn.functional.linear` keeps a view of the gathered weight until the backward pass: the whole
+    model, if no layer is recomputed. DeepSpeed's function saves the parameter instead, whose data ZeRO-3 frees and
+    gathers again. DeepSpeed would replace `torch.nn.functional.linear` itself, for all models of the process, and
+    VGGT's features would be rounded differently: see `memory_efficient_linear` in `config.py`.
+    """
+    for module in language_model.modules():
+        if isinstance(module, LoraLinear) and isinstance(module.base_layer, nn.Linear):
+            module.base_layer.forward = MethodType(_zero3_linear, module.base_layer)
+
+
+def _zero3_linear(module: nn.Linear, x: Tensor) -> Tensor:
+    """Forward of `nn.Linear` whose graph does not keep the weight's data."""
+    product: Tensor = zero3_linear_wrap(x, module.weight, module.bias)
+    return product
