@@ -224,8 +224,8 @@ def sharded_gradients(
 
     from w2r2_ds.models.build import build_model, trainable
     from w2r2_ds.training.deepspeed.engine import make_engine
+    from w2r2_ds.training.deepspeed.gradient_norms import group_norms
     from w2r2_ds.training.optimizer import trained_groups
-    from w2r2_ds.training.reduce import group_norms
 
     world, device = dist.get_world_size(), torch.device("cpu")
     keep_alive = HfDeepSpeedConfig(ds_config)
@@ -249,7 +249,7 @@ def sharded_gradients(
             stats.append(sample_stats)
             if index + 1 == len(batches):
                 gradients = {n: safe_get_full_grad(p).clone() for n, p in trainable(model).items()}
-                norms = group_norms(trained_groups(model), device)
+                norms = group_norms(engine, trained_groups(model), device)
             engine.step()
     norms["grad_norm"] = float(engine.get_global_grad_norm())
     decode_gap = None

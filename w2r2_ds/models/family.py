@@ -31,9 +31,9 @@ class VlmFamily(ABC):
     """Everything that differs between families of VLMs; `model_type` in config.json selects the family.
 
     An object has no state and is pickled for DataLoader workers. The default methods follow the usual names of
-    transformers' vision-language classes: ``vlm.model.visual`` is the vision tower with ``blocks``, ``vlm.model.language_model`` the
-    text model with ``layers`` and ``norm``, and ``config.vision_config`` has the ``patch_size``, ``spatial_merge_size``
-    and ``depth`` of the vision tower.
+    transformers' vision-language classes: ``vlm.model.visual`` is the vision tower with ``blocks``,
+    ``vlm.model.language_model`` the text model with ``layers`` and ``norm``, and ``config.vision_config`` has the
+    ``patch_size``, ``spatial_merge_size`` and ``depth`` of the vision tower.
     """
 
     model_type: ClassVar[str]

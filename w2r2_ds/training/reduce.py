@@ -1,13 +1,9 @@
-"""Reductions over all ranks: weight of a step, means of statistics, gradient norms, number of vision tower calls."""
+"""Reductions over all ranks: weight of a step, means of statistics, number of vision tower calls."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-
 import torch
 import torch.distributed as dist
-from deepspeed.utils import safe_get_full_grad, safe_get_local_grad
-from torch import nn
 
 from w2r2_ds.config.schema import DataConfig
 from w2r2_ds.models.w2r2 import num_tower_calls
@@ -15,21 +11,28 @@ from w2r2_ds.objective.loss import LOSS_PARTS, STATS, sample_weights
 from w2r2_ds.types.batch import Batch, Visuals
 
 
-def global_weight(micro_batches: list[Batch], reduction: str, device: torch.device) -> float:
+def global_weight(micro_batches: list[Batch], reduction: str, device: torch.device) -> torch.Tensor:
     """Number of samples (or answer tokens) of an optimizer step, over all ranks and micro-batches. Collective.
+
+    It stays on the device, so that the host does not wait for the all-reduce.
 
     Args:
         micro_batches: micro-batches of this rank.
         reduction: `objective.reduction`.
         device: device of this rank.
+
+    Returns:
+        Scalar in float64.
     """
     weight = sum(sample_weights(batch, reduction).sum() for batch in micro_batches)
     total = torch.as_tensor(weight, dtype=torch.float64, device=device)
     dist.all_reduce(total)
-    return float(total)
+    return total
 
 
-def reduce_stats(stats: torch.Tensor, micro_batches: list[Batch], reduction: str, total: float) -> dict[str, float]:
+def reduce_stats(
+    stats: torch.Tensor, micro_batches: list[Batch], reduction: str, total: torch.Tensor
+) -> dict[str, float]:
     """Weighted global means of the statistics, with one all-reduce. Collective.
 
     Args:
@@ -45,13 +48,14 @@ def reduce_stats(stats: torch.Tensor, micro_batches: list[Batch], reduction: str
     finite = torch.isfinite(stats[:, 0])
     # Parts of the loss have the weights of the loss; all other statistics are means over samples.
     by_loss = torch.tensor([name in LOSS_PARTS for name in STATS], device=stats.device)
-    values = stats.double()
-    sums = torch.where(by_loss, (values * weights[:, None]).sum(0), values.sum(0))
+    rows = stats.double()
+    sums = torch.where(by_loss, (rows * weights[:, None]).sum(0), rows.sum(0))
     count = torch.tensor([float(len(stats))], dtype=torch.float64, device=stats.device)
     # Everything in one tensor: one all-reduce, and one copy to the host, per optimizer step.
     packed = torch.cat([sums, count, (~finite).sum()[None].double()])
     dist.all_reduce(packed)
-    *totals, samples, bad = packed.tolist()
+    means = packed[:-2] / torch.where(by_loss, total, packed[-2])
+    *values, bad = torch.cat([means, packed[-1:]]).tolist()
     if bad:  # a global count, so all ranks enter this branch and its collective
         ids = [sample_id for batch in micro_batches for sample_id in batch.ids]
         own = [sample_id for sample_id, is_finite in zip(ids, finite.tolist(), strict=True) if not is_finite]
@@ -59,36 +63,7 @@ def reduce_stats(stats: torch.Tensor, micro_batches: list[Batch], reduction: str
         dist.all_gather_object(by_rank, own)
         failed = ", ".join(sample_id for rank_ids in by_rank for sample_id in rank_ids)
         raise FloatingPointError(f"The loss is not finite; stopped before the update. Samples: {failed}.")
-    return {name: value / (total if name in LOSS_PARTS else samples) for name, value in zip(STATS, totals, strict=True)}
-
-
-def group_norms(groups: Mapping[str, Iterable[nn.Parameter]], device: torch.device) -> dict[str, float]:
-    """``grad_norm_GROUP`` of every group: global L2 norm before clipping. Collective.
-
-    Call it after the last backward of an optimizer step and before the update.
-
-    Args:
-        groups: trained parameters by group.
-        device: device of this rank.
-    """
-    # Squared norms add up over parameters and partitions; the root is taken after the all-reduce.
-    squares = torch.zeros(len(groups), dtype=torch.float64, device=device)
-    for index, parameters in enumerate(groups.values()):
-        for parameter in parameters:
-            squares[index] += own_squared_norm(parameter)
-    dist.all_reduce(squares)
-    return {f"grad_norm_{name}": value for name, value in zip(groups, squares.sqrt().tolist(), strict=True)}
-
-
-def own_squared_norm(parameter: nn.Parameter) -> torch.Tensor | float:
-    """This rank's part of the squared gradient norm of a parameter; the sum over ranks is the whole."""
-    if hasattr(parameter, "ds_id"):  # ZeRO-3: every rank has a partition of the gradient
-        return safe_get_local_grad(parameter).double().square().sum()
-    gradient = safe_get_full_grad(parameter)
-    if gradient is None:
-        return 0.0
-    # Below ZeRO-3, DeepSpeed assembles the whole gradient on every rank: each contributes an equal part of its square.
-    return gradient.double().square().sum() / dist.get_world_size()
+    return dict(zip(STATS, values, strict=True))
 
 
 class TowerCallCount:

@@ -16,6 +16,7 @@ from w2r2_ds.features.lookup import flush_writes
 from w2r2_ds.training.build import Run, build_run
 from w2r2_ds.training.cache_stats import cache_use
 from w2r2_ds.training.checkpoint.save import CheckpointInfo, save_checkpoint
+from w2r2_ds.training.deepspeed.gradient_norms import group_norms
 from w2r2_ds.training.deepspeed.process_group import collective_timeout
 from w2r2_ds.training.fault_tolerance.exit_codes import DONE
 from w2r2_ds.training.fault_tolerance.hang_detector import Limits
@@ -23,7 +24,7 @@ from w2r2_ds.training.fault_tolerance.signals import StopSignals
 from w2r2_ds.training.fault_tolerance.watchdog import Watchdog
 from w2r2_ds.training.hinge_monitor import HingeMonitor
 from w2r2_ds.training.metrics import MetricsLogger
-from w2r2_ds.training.reduce import global_weight, group_norms, reduce_stats
+from w2r2_ds.training.reduce import global_weight, reduce_stats
 from w2r2_ds.training.validation import MakeValidation
 from w2r2_ds.types.batch import Batch
 from w2r2_ds.utils.rng import rng_state, set_rng_state
@@ -195,13 +196,13 @@ def train_step(run: Run, micro_batches: list[Batch], step: int) -> dict[str, flo
         run.activity.set_phase("forward")
         loss, sample_stats = engine(batch.to(run.device), optimizer_step=step)
         run.activity.set_phase("backward")
-        engine.backward(loss * scale)
+        engine.backward(loss * scale.to(loss.dtype))
         stats.append(sample_stats)  # stays on the device; copied to the host once per optimizer step
         if len(stats) == len(micro_batches):
             # Before the last engine.step(), which clips the gradients, updates the weights and frees the gradients.
             # Both results are global, so all ranks raise if a loss or the gradient norm is not finite.
             metrics = reduce_stats(torch.cat(stats), micro_batches, reduction, total)
-            metrics |= group_norms(run.groups, run.device)
+            metrics |= group_norms(engine, run.groups, run.device)
             metrics["grad_norm"] = math.hypot(*(metrics[f"grad_norm_{name}"] for name in run.groups))
             check_gradients(metrics["grad_norm"], micro_batches)
         run.activity.set_phase("update")
@@ -236,6 +237,6 @@ def dry_run(run: Run, batch: Batch) -> None:
     random_state = rng_state()
     loss, stats = run.engine(batch.to(run.device))  # optimizer_step is 0, also in a resumed run
     # Only to raise if the loss is not finite, since 0 * inf would put NaN into the gradients; the means are not used.
-    reduce_stats(stats, [batch], "sample", float(len(batch.ids)))
+    reduce_stats(stats, [batch], "sample", torch.ones((), dtype=torch.float64, device=run.device))
     run.engine.backward(loss * 0.0)
     set_rng_state(random_state)

@@ -123,7 +123,10 @@ def test_equal_values_are_accepted_and_other_settings_unchanged() -> None:
         ({"bf16": True}, ["bf16 is true"]),
         ({"zero_force_ds_cpu_optimizer": True}, ["zero_force_ds_cpu_optimizer is true", "AdamW"]),
         ({"zero_allow_untested_optimizer": False}, ["zero_allow_untested_optimizer is false"]),
-        ({"zero_optimization": {"memory_efficient_linear": True}}, ["zero_optimization.memory_efficient_linear is true"]),
+        (
+            {"zero_optimization": {"memory_efficient_linear": True}},
+            ["zero_optimization.memory_efficient_linear is true"],
+        ),
         ({"optimizer": {"type": "AdamW"}}, ['remove "optimizer"', "train.lr"]),
         ({"timers": {"throughput": {"enabled": True}}}, ['remove "timers"', "metrics.jsonl"]),
         ({"scheduler": {}}, ['remove "scheduler"', "train.warmup_ratio"]),

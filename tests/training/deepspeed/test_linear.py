@@ -1,4 +1,4 @@
-"""ZeRO-3 leaves `torch.nn.functional.linear` as it is, and still frees the weights between forward and backward pass."""
+"""ZeRO-3 leaves `torch.nn.functional.linear` as it is, and frees the weights between forward and backward pass."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Resume a run: find the newest complete checkpoint, load it on any number of ranks, take over the run.
 
-On the same number of ranks, every rank reads its own shard and random state, so batches, masks and weights are the same.
+On the same number of ranks, every rank reads its own shard and random state: batches, masks and weights are the same.
 On a CPU training continues bitwise identically. On a GPU it is equal up to rounding, because the backward passes of
 attention and of indexing add in no fixed order. On another number of ranks, rank 0 converts the shards to DeepSpeed's
 universal format, which any number of ranks can read. Then the global batches are the same, and the losses are equal up

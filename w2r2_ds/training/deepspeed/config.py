@@ -82,7 +82,7 @@ def resolve_ds_config(
         _fill(section, "enabled", False, f"{dtype}, and the range of fp16 is too small; use bf16", path, "fp16.")
     if isinstance(section := config.get("zero_optimization"), dict):
         fill_hpz(section, path, world_size, local_size or local_world_size(world_size))
-        # DeepSpeed's default replaces `torch.nn.functional.linear` for all models of the process, with another rounding.
+        # By default DeepSpeed replaces `torch.nn.functional.linear` for the whole process; it then rounds differently.
         linear = "torch.nn.functional.linear must stay PyTorch's, so that features do not depend on the ZeRO stage"
         _fill(section, "memory_efficient_linear", False, linear, path, "zero_optimization.")
     for location in _auto_paths(config):

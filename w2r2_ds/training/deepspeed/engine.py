@@ -77,9 +77,10 @@ def release_base_weights(language_model: nn.Module) -> None:
     gathers again. DeepSpeed would replace `torch.nn.functional.linear` itself, for all models of the process, and
     VGGT's features would be rounded differently: see `memory_efficient_linear` in `config.py`.
     """
-    for module in language_model.modules():
-        if isinstance(module, LoraLinear) and isinstance(module.base_layer, nn.Linear):
-            module.base_layer.forward = MethodType(_zero3_linear, module.base_layer)
+    bases = (module.base_layer for module in language_model.modules() if isinstance(module, LoraLinear))
+    linears: list[Any] = [base for base in bases if isinstance(base, nn.Linear)]
+    for linear in linears:
+        linear.forward = MethodType(_zero3_linear, linear)
 
 
 def _zero3_linear(module: nn.Linear, x: Tensor) -> Tensor:
