@@ -167,3 +167,27 @@ def test_help_is_on_standard_output(capsys: pytest.CaptureFixture[str]) -> None:
 def test_error_text_names_both_files_of_a_rename() -> None:
     error = OSError(errno.EXDEV, os.strerror(errno.EXDEV), "/a", None, "/b")
     assert errors.error_text(error) == f"/a -> /b: {os.strerror(errno.EXDEV)}."
+
+
+@pytest.mark.parametrize("kind", ["below a file", "a file", "not writable"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        "bench kernels --json OUT/report.json",
+        "prepare synthetic --out OUT",
+        "prepare scanqa --root ROOT --out OUT",
+        "evaluate --score_only FILE --out OUT",
+    ],
+)
+def test_an_output_that_cannot_be_written_is_named_at_the_start(
+    words: str, kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Export, conversion, evaluation and training are in the tests of their modules."""
+    file = tmp_path / "file"
+    file.write_text("mine")
+    out = {"below a file": file / "out", "a file": file, "not writable": Path("/proc/out")}[kind]
+    words = words.replace("OUT", str(out)).replace("ROOT", str(tmp_path)).replace("FILE", str(file))
+    assert main(words.split()) == FAILED
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"w2r2 {words.split()[0]}: ") and str(out) in line, line
+    assert file.read_text() == "mine" and os.listdir(tmp_path) == ["file"]

@@ -15,6 +15,7 @@ from w2r2_ds.commands.common import command_words, description, function_parser,
 from w2r2_ds.commands.errors import reports_errors
 from w2r2_ds.config.cli import Parser
 from w2r2_ds.training.fault_tolerance.exit_codes import FAILED
+from w2r2_ds.utils.output_folder import check_writable
 
 
 @reports_errors("bench")
@@ -29,6 +30,10 @@ def main(args: list[str] | None = None) -> int | None:
     values = parse(parser, command_words(args))
     options = values[values["benchmark"]]
     target = options.pop("json")
+    if target is not None:
+        if target.is_dir():
+            raise ValueError(f"--json {target} is a folder; pass a file.")
+        check_writable(target.parent, option="--json")
     report = BENCHMARKS[values["benchmark"]](**options)
     report.show()
     if target is not None:

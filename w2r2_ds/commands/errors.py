@@ -52,7 +52,7 @@ def report_error(command: str, error: Exception) -> int:
 
 def error_text(error: Exception) -> str:
     """Message of an error; an error of the operating system as ``FILE: cause.``"""
-    if isinstance(error, OSError) and error.strerror and error.filename:
+    if isinstance(error, OSError) and error.strerror:
         files = " -> ".join(str(name) for name in (error.filename, error.filename2) if name)
-        return message(f"{files}: {error.strerror}.")
+        return message(f"{files}: {error.strerror}." if files else f"{error.strerror}.")
     return message(error)

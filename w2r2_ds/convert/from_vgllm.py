@@ -12,7 +12,6 @@ Qwen2.5-VL before transformers 4.52, and adds its own keys to the flat config.js
 from __future__ import annotations
 
 import math
-import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -36,6 +35,7 @@ from w2r2_ds.models.vggt.encoder import REFERENCE_FRAMES
 from w2r2_ds.models.vggt.loading import CONFIG, HEAD_PREFIXES, save_vggt
 from w2r2_ds.models.vggt.model import VGGT, VGGTConfig
 from w2r2_ds.utils.json_io import read_json_object
+from w2r2_ds.utils.output_folder import new_folder
 from w2r2_ds.utils.safetensors_io import weight_files
 
 T = TypeVar("T")
@@ -74,22 +74,34 @@ def import_vgllm(source: Path, out: Path) -> ModelConfig:
         The model options of ``model.yaml``; options that the file does not have are defaults.
 
     Raises:
-        ValueError: `out` is not empty; `source` is not a VG-LLM checkpoint, lacks a file, or does not have exactly the
+        ValueError: `out` is not a new or empty folder with enough space;
+            `source` is not a VG-LLM checkpoint, lacks a file, or does not have exactly the
             weights that its config.json describes (the message names the first difference).
     """
-    if out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out} is not empty; pass another folder or remove it.")
     load_tokenizer(source)  # this and the next line raise ValueError for missing files
     load_vision_spec(source)
     copied = [file for pattern in COPIED for file in sorted(source.glob(pattern))]
     for file in (source / CONFIG, *copied):
         check_no_remote_code(file)
     qwen_config, own = _read_config(source / CONFIG)
-    try:
-        vlm, vggt, merger = _modules(split_state(_read_state(source)), qwen_config, own["vggt_merger_hidden_dim"])
-    except ValueError as error:
-        raise ValueError(f"{source}: {error}") from error
-    options = {
+    with new_folder(out, needed_bytes=sum(file.stat().st_size for file in weight_files(source))) as folder:
+        try:
+            vlm, vggt, merger = _modules(split_state(_read_state(source)), qwen_config, own["vggt_merger_hidden_dim"])
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from error
+        options = _options(out, vggt, own)
+        vlm.save_pretrained(folder / "vlm")
+        for file in copied:
+            shutil.copyfile(file, folder / "vlm" / file.name)
+        save_vggt(vggt, folder / "vggt")
+        save_file({name: tensor.contiguous() for name, tensor in merger.state_dict().items()}, folder / MERGER)
+        (folder / "model.yaml").write_text(yaml.safe_dump({"model": options}, sort_keys=False))
+    return model_from_tree(options, str(out / "model.yaml"))
+
+
+def _options(out: Path, vggt: VGGT, own: Mapping[str, Any]) -> dict[str, Any]:
+    """The model options of ``model.yaml``, from VG-LLM's own keys."""
+    return {
         "vlm": str(out.absolute() / "vlm"),
         "geometry": {
             "name": "vggt",
@@ -101,17 +113,6 @@ def import_vgllm(source: Path, out: Path) -> ModelConfig:
         "merger": str(out.absolute() / MERGER),
         "fusion": "add",
     }
-    # Written to a temporary folder and renamed: `out` exists only when it is complete.
-    temporary = out.with_name(out.name + ".partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    vlm.save_pretrained(temporary / "vlm")
-    for file in copied:
-        shutil.copyfile(file, temporary / "vlm" / file.name)
-    save_vggt(vggt, temporary / "vggt")
-    save_file({name: tensor.contiguous() for name, tensor in merger.state_dict().items()}, temporary / MERGER)
-    (temporary / "model.yaml").write_text(yaml.safe_dump({"model": options}, sort_keys=False))
-    os.replace(temporary, out)
-    return model_from_tree(options, str(out / "model.yaml"))
 
 
 def check_no_remote_code(file: Path) -> None:

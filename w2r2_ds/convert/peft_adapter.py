@@ -9,8 +9,6 @@ ADAPTER/adapter_config.json, adapter_model.safetensors   LoRA weights, for peft 
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -29,6 +27,7 @@ from w2r2_ds.training.checkpoint.compat import check_fingerprint
 from w2r2_ds.training.checkpoint.manifest import find_checkpoint, read_manifest
 from w2r2_ds.training.checkpoint.weights import load_trainable
 from w2r2_ds.utils.json_io import read_json_object
+from w2r2_ds.utils.output_folder import new_folder
 from w2r2_ds.utils.safetensors_io import read_strictly
 from w2r2_ds.utils.versions import versions
 
@@ -79,30 +78,25 @@ def export_adapter(path: Path, out: Path, vlm: str | None = None, geometry_path:
         `out`.
 
     Raises:
-        ValueError: `path` is an adapter or has no checkpoint, `out` is not empty, or a trained tensor is empty.
+        ValueError: `path` is an adapter or has no checkpoint, a trained tensor is empty, or `out` is not
+            a new or empty folder that can be written.
     """
     if (path / ADAPTER_CARD).is_file():
         raise ValueError(
             f"{path} is an exported adapter already; pass the run or the checkpoint that it was exported from."
         )
-    if out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out} is not empty; pass another --out or remove it.")
     checkpoint = find_checkpoint(path)
-    config = relocated(load_run_config(checkpoint / "config.yaml"), vlm=vlm, geometry_path=geometry_path)
-    model = build_model(config.model, torch.device("cpu"), config.train.seed)
-    load_trainable(checkpoint, model)
-    # Written to a temporary folder and renamed: `out` exists only when it is complete.
-    temporary = out.with_name(out.name + ".partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    # LoRA does not train the embedding layers; without the option peft may add both matrices to the adapter.
-    cast(PeftModel, model.vlm).save_pretrained(str(temporary), save_embedding_layers=False)
-    save_file(merger_tensors(model), temporary / MERGER)
-    content = card(config, model, checkpoint)
-    (temporary / ADAPTER_CARD).write_text(json.dumps(content, indent=2) + "\n")
-    (temporary / "README.md").write_text(readme(content), encoding="utf-8")
-    check_not_empty(temporary)
-    os.replace(temporary, out)
+    with new_folder(out) as folder:
+        config = relocated(load_run_config(checkpoint / "config.yaml"), vlm=vlm, geometry_path=geometry_path)
+        model = build_model(config.model, torch.device("cpu"), config.train.seed)
+        load_trainable(checkpoint, model)
+        # LoRA does not train the embedding layers; without the option peft may add both matrices to the adapter.
+        cast(PeftModel, model.vlm).save_pretrained(str(folder), save_embedding_layers=False)
+        save_file(merger_tensors(model), folder / MERGER)
+        content = card(config, model, checkpoint)
+        (folder / ADAPTER_CARD).write_text(json.dumps(content, indent=2) + "\n")
+        (folder / "README.md").write_text(readme(content), encoding="utf-8")
+        check_no_empty_tensor(folder)
     return out
 
 
@@ -140,7 +134,7 @@ def readme(content: dict[str, Any]) -> str:
     )
 
 
-def check_not_empty(out: Path) -> None:
+def check_no_empty_tensor(out: Path) -> None:
     """Raise ValueError if a tensor of a safetensors file is empty, as a ZeRO-3 parameter is unless it was gathered."""
     for file in sorted(out.glob("*.safetensors")):
         for name, tensor in load_file(file).items():

@@ -33,6 +33,7 @@ from w2r2_ds.models.w2r2 import W2R2
 from w2r2_ds.types.sample import Sample
 from w2r2_ds.utils.distributed import RankInfo, barrier, raise_on_all_ranks
 from w2r2_ds.utils.file_lock import locked
+from w2r2_ds.utils.output_folder import check_writable
 from w2r2_ds.utils.parallel import set_num_threads
 from w2r2_ds.utils.progress import progress
 
@@ -82,6 +83,7 @@ def evaluate(
         ValueError: an option, the data or the checkpoint cannot be used; before the first answer if possible.
     """
     check_generation_options(geometry, limit, batch_size, max_new_tokens)
+    check_writable(out)
     ranks = ranks or RankInfo()
     config = run_config(path, root, vlm, geometry_path)
     sets = find_sets(config.data, task, data)

@@ -50,6 +50,7 @@ from w2r2_ds.utils import atomic_io
 from w2r2_ds.utils.file_lock import locked
 from w2r2_ds.utils.findings import Finding, by_kind
 from w2r2_ds.utils.hashing import file_sha256, json_sha256
+from w2r2_ds.utils.output_folder import check_writable
 from w2r2_ds.utils.parallel import listed, run_all
 from w2r2_ds.utils.progress import progress
 
@@ -128,7 +129,10 @@ def prepare(
             preparing it. Errors of scenes and annotations are collected over all scenes; the message has the first
             ten.
     """
-    plan, out = make_plan(root, options), Path(out)
+    out = Path(out)
+    if not (out / MANIFEST).is_file():  # a complete set that is reused may be on a read-only disk
+        check_writable(out)
+    plan = make_plan(root, options)
     files, scenes = task_inputs(plan), scene_inputs(plan)
     scene_hashes = {name: digest for scene in scenes.values() for name, digest in scene.items()}
     identity = manifest_identity(plan, {**files, **scene_hashes}, skip_broken_scenes, skip_without_box)

@@ -19,6 +19,7 @@ from w2r2_ds.demo.synthetic.annotations import write_infos
 from w2r2_ds.demo.synthetic.furniture import KINDS
 from w2r2_ds.demo.synthetic.options import SPLITS, Options, scene_id
 from w2r2_ds.demo.synthetic.scene import SceneEntries, write_scene
+from w2r2_ds.utils.output_folder import PARTIAL, check_writable, fill, is_empty
 
 VERSION = 2
 """Version of the content; increase it if the same options give other files."""
@@ -73,20 +74,28 @@ def write_dataset(
     existing = _existing(root, options)
     if existing is not None:
         return Written(root, True, existing)
-    root.parent.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(root)
-    partial = partial_folder(root)
+    check_writable(root, option="the data set's folder")
+    # An empty folder may be a mount point or the target of a link, which a renamed folder cannot replace: then the
+    # temporary folder is inside, and its entries are moved up.
+    target = Path(os.path.realpath(root))
+    parent = target if target.is_dir() else target.parent
+    parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(parent, root.name)
+    partial = parent / partial_name(root.name)
     shutil.rmtree(partial, ignore_errors=True)
     try:
         manifest = _write_all(partial, options, workers)
         try:
-            partial.rename(root)
+            fill(target, partial)
         except OSError:
             # Another process may have renamed its folder first. Its data set is the same if the options agree.
             existing = _existing(root, options)
             if existing is None:
                 raise
             return Written(root, True, existing)
+    except OSError as error:
+        error.filename = error.filename or str(root)  # a failed write does not name its file
+        raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return Written(root, False, manifest)
@@ -94,7 +103,7 @@ def write_dataset(
 
 def _existing(root: Path, options: Options) -> dict[str, Any] | None:
     """Manifest of an existing data set with these options; ``None`` if there is no data set."""
-    if not root.exists() or (root.is_dir() and not any(root.iterdir())):
+    if not root.exists() or is_empty(root, ignored=rf"\.{re.escape(root.name)}{PARTIAL}-.+"):
         return None
     path = root / _MANIFEST
     try:
@@ -179,20 +188,20 @@ def _write_json(path: Path, content: object, indent: int | None = 1) -> None:
     path.write_text(json.dumps(content, indent=indent) + "\n", encoding="utf-8")
 
 
-def partial_folder(root: Path) -> Path:
-    """Temporary folder of this process for ``root``: hidden, beside it, with host name and process id."""
-    return root.parent / f".{root.name}.partial-{socket.gethostname()}-{os.getpid()}"
+def partial_name(name: str) -> str:
+    """Name of this process's temporary folder for a data set's folder: hidden, with host name and process id."""
+    return f".{name}{PARTIAL}-{socket.gethostname()}-{os.getpid()}"
 
 
-def remove_leftovers(root: Path) -> None:
-    """Remove temporary folders of ``root`` whose processes have ended.
+def remove_leftovers(parent: Path, name: str) -> None:
+    """Remove temporary folders of the data set ``name`` in ``parent`` whose processes have ended.
 
     Folders of other machines stay, because their processes cannot be checked. Folders without a host name are treated
     as those of this machine.
     """
-    name = re.compile(rf"\.{re.escape(root.name)}\.partial-(?:(?P<host>.+)-)?(?P<pid>\d+)")
-    for folder in root.parent.iterdir():
-        match = name.fullmatch(folder.name)
+    pattern = re.compile(rf"\.{re.escape(name)}\.partial-(?:(?P<host>.+)-)?(?P<pid>\d+)")
+    for folder in parent.iterdir():
+        match = pattern.fullmatch(folder.name)
         if match and match["host"] in (None, socket.gethostname()) and not _is_running(int(match["pid"])):
             shutil.rmtree(folder, ignore_errors=True)  # another process may be removing it too
 

@@ -14,6 +14,7 @@ from w2r2_ds.doctor.timeouts import brief
 from w2r2_ds.training.checkpoint.manifest import DAMAGED
 from w2r2_ds.utils import atomic_io
 from w2r2_ds.utils.json_io import read_json
+from w2r2_ds.utils.output_folder import existing_parent
 
 GIB = 2**30
 SPARE = GIB
@@ -53,14 +54,6 @@ def check_folder(name: str, path: Path, needed: int, purpose: str) -> CheckResul
             "use another folder."
         )
     return result
-
-
-def existing_parent(path: Path) -> Path:
-    """The folder itself, or its nearest parent that exists."""
-    path = path.absolute()
-    while not path.exists():
-        path = path.parent
-    return path
 
 
 def write_and_read(folder: Path) -> None:

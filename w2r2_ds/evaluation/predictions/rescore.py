@@ -29,6 +29,7 @@ from w2r2_ds.evaluation.protocols.registry import find_protocol, protocols_of
 from w2r2_ds.evaluation.scoring import check_records, choose_protocols, read_boxes, score_records, task_of
 from w2r2_ds.types.sample import Sample
 from w2r2_ds.utils.hashing import file_sha256
+from w2r2_ds.utils.output_folder import check_writable
 
 _Records = tuple[list[AnswerRecord], dict[str, int], list[PreparedSet]]
 """Records, counts of predictions (see `join`), and the data sets that they were joined with."""
@@ -65,6 +66,8 @@ def score_file(
         ValueError: a field is missing or has another type (the message names file, line and field), or two predictions
             of one item differ.
     """
+    if out is not None:
+        check_writable(out)
     boxes = read_boxes(proposals)
     if data is None:
         records, counts, sets = _own_records(file, format_name, task, protocols, boxes is not None)

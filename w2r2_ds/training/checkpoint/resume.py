@@ -50,6 +50,7 @@ from w2r2_ds.training.checkpoint.manifest import (
 from w2r2_ds.training.checkpoint.ownership import OwnershipToken
 from w2r2_ds.training.fault_tolerance.exit_codes import RetryableError
 from w2r2_ds.utils.distributed import on_rank_zero, raise_on_all_ranks
+from w2r2_ds.utils.output_folder import check_writable
 from w2r2_ds.utils.rng import reseed, rng_state, set_rng_state
 
 if TYPE_CHECKING:
@@ -88,8 +89,8 @@ def find_start(config: RunConfig) -> StartPoint:
     Changes nothing on disk, because later checks may still stop the run.
 
     Raises:
-        ValueError: `resume` is ``none`` but checkpoints exist; no checkpoint is complete; a file contains pickled
-            code; or a rank cannot read the files (a path that is not shared between machines).
+        ValueError: `out` cannot be written; `resume` is ``none`` but checkpoints exist; no checkpoint is complete; a
+            file contains pickled code; or a rank cannot read the files (a path that is not shared between machines).
     """
     # Rank 0 reads and hashes every file. The others compare sizes: enough to check that they have the same folder.
     start = on_rank_zero(lambda: _find_start(config))
@@ -101,6 +102,7 @@ def find_start(config: RunConfig) -> StartPoint:
 
 def _find_start(config: RunConfig) -> StartPoint:
     """`find_start` on rank 0, without the other ranks' check."""
+    check_writable(config.out)
     if not has_checkpoint(config.out):
         return StartPoint()
     if config.resume == "none":
