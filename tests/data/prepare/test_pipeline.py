@@ -55,6 +55,7 @@ def test_the_manifest_has_options_inputs_counts_and_files(scenes: Path) -> None:
         "scenes": 3,
         "frames_without_pose": 3,
         "descriptions": 7,
+        "unseen": {"count": 1, "of": 7},
         "published": {"of": "descriptions", "count": 36665, "annotated": 7, "met": False},
     }
     assert manifest["skipped"] == {"no_visible_frame": 1}
@@ -262,9 +263,9 @@ def test_wrong_annotations_cannot_be_skipped(scenes: Path) -> None:
 
 
 def test_no_samples_raise(root: Path) -> None:
-    write_annotations(root, [entry(3, "lamp")])
-    with pytest.raises(ValueError, match=r"No samples could be made from .* \(skipped: 1 no_visible_frame\)"):
-        prepare(root, DEPTH, root / "out", quiet=True)
+    write_annotations(root, [entry(97, "floor")])
+    with pytest.raises(ValueError, match=r"No samples could be made from .* \(skipped: 1 no_box\)"):
+        prepare(root, DEPTH, root / "out", skip_without_box=True, quiet=True)
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from w2r2_ds.data.prepare.plan import Plan, recorded_options, scene_files
+from w2r2_ds.data.prepare.unseen import Unseen, unseen_line
 from w2r2_ds.data.prepared_set import MANIFEST, VERSION, read_manifest
 from w2r2_ds.utils.hashing import file_sha256, json_sha256
 
@@ -108,7 +110,7 @@ def manifest_identity(
     }
 
 
-def make_counts(plan: Plan, samples: int, scenes: int, without_pose: int) -> dict[str, Any]:
+def make_counts(plan: Plan, samples: int, scenes: int, without_pose: int, unseen: Unseen) -> dict[str, Any]:
     """Counts for the manifest, with a comparison of the number of annotations with the published number.
 
     Args:
@@ -116,10 +118,13 @@ def make_counts(plan: Plan, samples: int, scenes: int, without_pose: int) -> dic
         samples: number of samples.
         scenes: number of prepared scenes.
         without_pose: number of their frames without a valid pose.
+        unseen: items that no frame shows.
     """
     found: dict[str, Any] = {"samples": samples, "scenes": scenes, "frames_without_pose": without_pose}
     # If the unit is scenes (detection), the number of prepared scenes stays; others are skipped items.
     found.setdefault(plan.unit, plan.items)
+    if plan.task.determines_visibility(plan.options):
+        found["unseen"] = asdict(unseen)
     if plan.published is not None:
         found["published"] = {
             "of": plan.unit,
@@ -131,15 +136,19 @@ def make_counts(plan: Plan, samples: int, scenes: int, without_pose: int) -> dic
 
 
 def summary_line(folder: Path, manifest: Mapping[str, Any], reused: bool) -> str:
-    """Lines about a prepared folder: samples, comparison with the published count, skipped items, broken inputs."""
+    """Lines about a prepared folder: samples, published count, unseen and skipped items, skipped inputs."""
     numbers = manifest["counts"]
-    units = [name for name in numbers if name not in ("samples", "scenes", "frames_without_pose", "published")]
+    units = [
+        name for name in numbers if name not in ("samples", "scenes", "frames_without_pose", "unseen", "published")
+    ]
     sources = " in ".join(f"{numbers[name]} {name}" for name in [*units, "scenes"])
     lines = [f"{'reusing ' if reused else ''}{folder}: {numbers['samples']} samples of {sources}"]
     published = numbers.get("published")
     if published is not None:
         compared = "as published" if published["met"] else f"not the {published['count']} that are published"
         lines.append(f"  {published['annotated']} {published['of']}, {compared}")
+    if line := unseen_line(numbers, manifest["options"].get("visibility", "")):
+        lines.append(f"  {line}")
     if manifest["skipped"]:
         reasons = ", ".join(f"{count} {reason}" for reason, count in manifest["skipped"].items())
         lines.append(f"  skipped: {reasons} (see skipped.jsonl)")

@@ -29,6 +29,7 @@ from w2r2_ds.data.prepare.manifest import (
     task_inputs,
 )
 from w2r2_ds.data.prepare.plan import Plan, make_plan, recorded_options
+from w2r2_ds.data.prepare.unseen import Unseen, check_unseen, count_unseen
 from w2r2_ds.data.prepared_set import MANIFEST, read_manifest, write_samples
 from w2r2_ds.data.sources.scannet import load_scene
 from w2r2_ds.data.tasks.base import (
@@ -207,6 +208,7 @@ def _write_scene(
     record = {
         "key": key,
         "skipped": skipped,
+        "unseen": asdict(count_unseen(prepared.items, options)),
         "frames_without_pose": prepared.frames_without_pose,
         "skipped_inputs": [asdict(finding) for finding in prepared.skipped_inputs],
     }
@@ -291,6 +293,14 @@ def _finish(plan: Plan, out: Path, identity: Mapping[str, Any], broken: Sequence
         broken: scenes to skip.
     """
     records, skipped = _collect_records(plan, out, broken)
+    unseen = sum((Unseen(**record["unseen"]) for record in records.values()), Unseen())
+    try:
+        check_unseen(unseen, plan.options, str(plan.task.annotations(plan.root, plan.options).path))
+    except ValueError:
+        # The keys of the files do not cover the content of depth images, so the scenes must be prepared again.
+        for path in [*out.glob("*.parquet"), *out.glob(f"*{EMPTY}")]:
+            path.unlink()
+        raise
     files = [path for scene_id in records if (path := out / f"{scene_id}.parquet").is_file()]
     samples = sum(pq.read_metadata(path).num_rows for path in files)
     reasons = Counter(item["reason"] for item in skipped)
@@ -309,7 +319,7 @@ def _finish(plan: Plan, out: Path, identity: Mapping[str, Any], broken: Sequence
     without_pose = sum(record["frames_without_pose"] for record in records.values())
     manifest = {
         **identity,
-        "counts": make_counts(plan, samples, len(records), without_pose),
+        "counts": make_counts(plan, samples, len(records), without_pose, unseen),
         "skipped": dict(sorted(reasons.items())),
         "skipped_inputs": by_kind(Finding(**each) for record in records.values() for each in record["skipped_inputs"]),
         "files": {path.name: file_sha256(path) for path in [*files, out / SKIPPED_FILE]},

@@ -26,6 +26,8 @@ NO_INSTANCE_MATCH = "no_instance_match"
 NO_VISIBLE_FRAME = "no_visible_frame"
 NO_PROPOSAL = "no_proposal"
 NO_WINDOW = "no_window"
+UNSEEN = (NO_INSTANCE_MATCH, NO_VISIBLE_FRAME)
+"""Reasons of items that no frame shows; objects without an EmbodiedScan instance are in none of its lists."""
 BROKEN_SCENE = "broken_scene"
 NO_BOX = "no_box"
 
@@ -243,6 +245,16 @@ class Task(ABC):
     def uses_visibility(self, options: TaskOptions) -> bool:
         """Whether samples depend on the frames in which an object is visible."""
         return False
+
+    def determines_visibility(self, options: TaskOptions) -> bool:
+        """Whether it is known of every item if a frame shows it; the summary then has the number of unseen ones."""
+        return self.uses_visibility(options)
+
+    def is_unseen(self, item: PreparedItem) -> bool:
+        """Whether no frame of an item shows its object. Only asked if `determines_visibility`."""
+        if isinstance(item, SkippedItem):
+            return item.reason in UNSEEN
+        return item.target is not None and not item.answer  # validation keeps such items, with an empty label
 
     def scene_parts(self, options: TaskOptions) -> SceneParts:
         """Files of a scene that `make_samples` uses besides the colour images; no others have to exist.

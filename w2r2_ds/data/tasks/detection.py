@@ -26,6 +26,7 @@ from w2r2_ds.data.tasks.base import (
     NO_WINDOW,
     InputFile,
     Job,
+    PreparedItem,
     PreparedItems,
     SkippedItem,
     Task,
@@ -137,6 +138,12 @@ class Detection(Task):
 
     def items(self, job: Job, options: TaskOptions) -> list[tuple[int, str, str]]:
         return [(job.number, job.scene_id, f"EmbodiedScan's infos: scannet/{job.scene_id}")]
+
+    def determines_visibility(self, options: TaskOptions) -> bool:
+        return True  # EmbodiedScan lists the visible objects of every frame
+
+    def is_unseen(self, item: PreparedItem) -> bool:
+        return isinstance(item, Sample) and not item.objects
 
     def scene_parts(self, options: TaskOptions) -> SceneParts:
         return SceneParts.POSES  # the boxes are EmbodiedScan's
