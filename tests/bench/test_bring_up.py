@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from w2r2_ds.bench.bring_up import gpu_tests, run, step_equivalence
+from w2r2_ds.bench.bring_up import gpu_tests, run, step_equivalence, zero3
 from w2r2_ds.bench.bring_up.modules import targets
 from w2r2_ds.bench.bring_up.run import PARTS
 from w2r2_ds.bench.bring_up.settings import Settings
@@ -114,7 +114,7 @@ def test_step_equivalence_finds_a_wrong_kernel(settings: Settings, monkeypatch: 
 def test_zero3(tmp_path: Path) -> None:
     report = bring_up(tmp_path, "--parts", "[zero3]")
     cases = {row["case"]: row for row in report["parts"]["zero3"]["rows"]}
-    assert cases["as shipped"]["/as shipped"] == 1.0 and "overlap_comm off" in cases
+    assert list(cases) == list(zero3.CASES) and cases[zero3.SHIPPED]["/as shipped"] == 1.0
 
 
 def test_a_part_that_fails_does_not_stop_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

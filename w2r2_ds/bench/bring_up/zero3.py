@@ -1,4 +1,4 @@
-"""Training steps under ZeRO-3 with other settings than the shipped ones, such as `overlap_comm` off.
+"""Training steps under ZeRO-3 with the shipped settings, `overlap_comm` off, or vision blocks that are no leaf modules.
 
 ``python -m w2r2_ds.bench.bring_up.zero3 RESULT SHAPE ROUNDS`` is one rank.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,9 +26,8 @@ from w2r2_ds.training.deepspeed.config import resolve_ds_config
 
 LAYERS = 4
 """Decoder layers, and blocks of the vision tower."""
-SHIPPED = "as shipped"
-CASES: dict[str, Mapping[str, Any]] = {SHIPPED: {}, "overlap_comm off": {"overlap_comm": False}}
-"""Name -> keys of zero_optimization that differ from ds_configs/zero3.json."""
+SHIPPED, NO_OVERLAP, NO_TOWER_LEAF = "as shipped", "overlap_comm off", "vision blocks no leaf modules"
+CASES = (SHIPPED, NO_OVERLAP, NO_TOWER_LEAF)
 
 
 def run(settings: Settings) -> BenchReport:
@@ -52,24 +50,27 @@ class Engine:
 
     Args:
         shape: sizes of the model.
-        differences: keys of zero_optimization that differ from `zero3_json`.
+        case: one of `CASES`.
     """
 
-    def __init__(self, shape: Shape, differences: Mapping[str, Any]) -> None:
-        from w2r2_ds.training.deepspeed.engine import make_engine  # imports deepspeed, which takes seconds
+    def __init__(self, shape: Shape, case: str) -> None:
+        from w2r2_ds.training.deepspeed.engine import make_engine, zero3_leaf_modules  # deepspeed takes seconds
 
         subject, world = build(shape, find_device()), dist.get_world_size()
         self.batch = subject.batch()
         config = RunConfig(train=TrainConfig(global_batch=world, micro_batch=1, lr=1e-7, merger_lr=1e-7, steps=10))
         ds_config = resolve_ds_config(
-            zero3_json(differences),
+            zero3_json(overlap_comm=case != NO_OVERLAP),
             path=__file__,
             global_batch=world,
             micro_batch=1,
             world_size=world,
             bf16=shape.dtype == "bfloat16",
         )
-        self.engine = make_engine(subject.model, subject.frontend, config, ds_config, subject.device)
+        leaves = zero3_leaf_modules(subject.model, stop_gradient=True)
+        if case == NO_TOWER_LEAF:
+            leaves.remove(type(subject.model.family.tower_blocks(subject.model.base)[0]))
+        self.engine = make_engine(subject.model, subject.frontend, config, ds_config, subject.device, leaves)
 
     def seconds(self) -> float:
         """Wall-clock seconds of one optimizer step."""
@@ -81,11 +82,11 @@ class Engine:
         return time.perf_counter() - began
 
 
-def zero3_json(differences: Mapping[str, Any]) -> dict[str, Any]:
-    """The parts of ds_configs/zero3.json that determine the speed, with some keys replaced."""
-    zero: dict[str, Any] = {
+def zero3_json(overlap_comm: bool) -> dict[str, Any]:
+    """The parts of ds_configs/zero3.json that determine the speed."""
+    zero = {
         "stage": 3,
-        "overlap_comm": True,
+        "overlap_comm": overlap_comm,
         "reduce_bucket_size": 50_000_000,
         "stage3_prefetch_bucket_size": 300_000_000,
         "stage3_param_persistence_threshold": 100_000,
@@ -94,7 +95,7 @@ def zero3_json(differences: Mapping[str, Any]) -> dict[str, Any]:
     }
     sizes = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
     return {name: "auto" for name in sizes} | {
-        "zero_optimization": zero | dict(differences),
+        "zero_optimization": zero,
         "bf16": {"enabled": "auto"},
     }
 
@@ -115,7 +116,7 @@ def main(result: Path, shape_name: str, rounds: int) -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(dist.get_rank())
     shape = replace(find_shapes(shape_name)[0], layers=LAYERS, vision_depth=LAYERS, vision_full=(LAYERS - 1,))
-    engines = {name: Engine(shape, differences) for name, differences in CASES.items()}
+    engines = {case: Engine(shape, case) for case in CASES}
     for engine in engines.values():
         for _ in range(3):  # DeepSpeed records the order of modules first, and prefetches by it afterwards
             engine.seconds()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,12 @@ if TYPE_CHECKING:
 
 
 def make_engine(
-    model: W2R2, frontend: VlmFrontend, config: RunConfig, ds_config: dict[str, Any], device: torch.device
+    model: W2R2,
+    frontend: VlmFrontend,
+    config: RunConfig,
+    ds_config: dict[str, Any],
+    device: torch.device,
+    leaf_modules: Sequence[type[nn.Module]] | None = None,
 ) -> DeepSpeedEngine:
     """The engine around `W2R2Step`, with AdamW and a cosine schedule over two parameter groups.
 
@@ -36,9 +42,8 @@ def make_engine(
         config: run configuration.
         ds_config: result of `resolve_ds_config`.
         device: this rank's device.
+        leaf_modules: classes whose modules ZeRO-3 gathers whole; by default `zero3_leaf_modules`.
     """
-    # The class of all decoder layers of this VLM family, for `set_z3_leaf_modules`.
-    decoder_layer = type(model.family.language_model(model.base).layers[0])
     vocabulary = model.base.config.get_text_config().vocab_size
     tables = token_tables(frontend.tokenizer, vocabulary).to(device)
     end_tokens = model.family.end_tokens(model.base, frontend.tokenizer)
@@ -55,18 +60,27 @@ def make_engine(
     # ZeRO-3 releases a module's weights after its backward, in a hook on the gradients of its inputs. The output of the
     # frozen embedding has no gradient, so without this the hook of the first layer would not run.
     model.base.enable_input_require_grads()
-    # ZeRO-3 gathers a leaf module whole: one fetch per block of the vision tower instead of one per Linear.
-    leaves: list[type[nn.Module]] = [type(model.family.tower_blocks(model.base)[0])]
-    if step.push_term.stop_gradient:
-        # Decoder layers too. Not possible if both passes have a graph (`unblocked`): a leaf reduces its gradients at
-        # every backward call, and two graphs are two calls.
-        leaves.append(decoder_layer)
-    set_z3_leaf_modules(model, leaves)
+    if leaf_modules is None:
+        leaf_modules = zero3_leaf_modules(model, step.push_term.stop_gradient)
+    set_z3_leaf_modules(model, list(leaf_modules))
     optimizer = make_optimizer(model, config.train)
     schedule = make_lr_scheduler(optimizer, config.train)
     # The optimizer has trained parameters only, so ZeRO makes master weights and moments for these only.
     engine, *_ = deepspeed.initialize(model=step, optimizer=optimizer, lr_scheduler=schedule, config=ds_config)
     return engine
+
+
+def zero3_leaf_modules(model: W2R2, stop_gradient: bool) -> list[type[nn.Module]]:
+    """Classes whose modules ZeRO-3 gathers whole: one fetch per block instead of one per Linear.
+
+    Args:
+        model: the composed model.
+        stop_gradient: whether the shortcut pass has no graph. Otherwise decoder layers cannot be leaf modules: a leaf
+            reduces its gradients at every backward call, and two graphs are two calls.
+    """
+    decoder_layer = type(model.family.language_model(model.base).layers[0])
+    tower_block = type(model.family.tower_blocks(model.base)[0])
+    return [tower_block, decoder_layer] if stop_gradient else [tower_block]
 
 
 def release_base_weights(language_model: nn.Module) -> None:
