@@ -3,78 +3,20 @@
 from __future__ import annotations
 
 import functools
-import multiprocessing
-import os
-import signal
-import threading
-import traceback
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from collections.abc import Callable, Sequence
 
 import torch
-from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from w2r2_ds.config.schema import DataConfig
 from w2r2_ds.data.collate import Collator, PositionIds
 from w2r2_ds.data.dataset import SampleDataset
 from w2r2_ds.data.packing import Grouping, groups_by_frames, separate_groups
 from w2r2_ds.data.processor import Features, Processor
+from w2r2_ds.data.reraising_loader import ReraisingDataLoader, ignore_stop_signals
 from w2r2_ds.data.sampler import GlobalBatchSampler
 from w2r2_ds.models.build import VlmFrontend
 from w2r2_ds.types.batch import Batch
 from w2r2_ds.types.sample import Sample
-
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class _WorkerError:
-    """Message and traceback of a ValueError in a worker process, sent to the main process in place of a batch."""
-
-    message: str
-    traceback: str
-
-
-class _CollatedItems(Dataset[Any]):
-    """Dataset whose items are whole batches, so that errors of loading and of collating are caught in one place."""
-
-    def __init__(self, dataset: Dataset[Any], collate: Callable[[list[Any]], Any]) -> None:
-        self.dataset, self.collate = dataset, collate
-
-    def __len__(self) -> int:
-        return len(self.dataset)  # type: ignore[arg-type]
-
-    def __getitems__(self, indices: list[int]) -> Any:
-        """The batch of these indices; PyTorch's DataLoader calls this method instead of ``__getitem__``."""
-        try:
-            return self.collate([self.dataset[index] for index in indices])
-        except ValueError as error:
-            if get_worker_info() is None:  # no workers: this is the main process
-                raise
-            return _WorkerError(str(error), traceback.format_exc())
-
-
-def _identity(batch: Any) -> Any:
-    return batch
-
-
-class ReraisingDataLoader(DataLoader[Any], Generic[T]):
-    """DataLoader of batches `T` that raises a ValueError of a worker process with its original message.
-
-    PyTorch's DataLoader puts the worker's traceback into the message. For exception classes that cannot be constructed
-    from one string, such as UnicodeDecodeError, it raises RuntimeError. Here the error is a ValueError with the
-    worker's message (the sample or file, and what to do); the traceback is in ``error.__cause__``.
-    """
-
-    def __init__(self, dataset: Dataset[Any], collate_fn: Callable[[list[Any]], T], **options: Any) -> None:
-        super().__init__(_CollatedItems(dataset, collate_fn), collate_fn=_identity, **options)
-
-    def __iter__(self) -> Iterator[T]:  # type: ignore[override]
-        for batch in super().__iter__():
-            if isinstance(batch, _WorkerError):
-                raise ValueError(batch.message) from RuntimeError(batch.traceback)
-            yield batch
 
 
 def make_processor(frontend: VlmFrontend, config: DataConfig) -> Processor:
@@ -121,28 +63,6 @@ def make_collate(
         with_prompts=with_prompts,
         grouping=choose_grouping(config) if with_answer else None,
     )
-
-
-def ignore_stop_signals(worker: int) -> None:
-    """`worker_init_fn` of every loader: ignore SIGUSR1, and SIGTERM unless the parent process sent it.
-
-    Slurm sends the signals that stop a run to all processes of a job. The rank then finishes its step, for which the
-    workers must still load batches. PyTorch stops workers with SIGTERM from their parent.
-    """
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    # A Python signal handler does not get the sender's process id, but `sigwaitinfo` returns it. It needs the signal to
-    # be blocked; the thread that waits inherits the mask.
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    rank = multiprocessing.parent_process()  # not getppid: that may be Python's fork server
-    assert rank is not None, "a loader process has a parent"
-    threading.Thread(target=_exit_on_sigterm_from, args=(rank.pid,), daemon=True).start()
-
-
-def _exit_on_sigterm_from(parent: int) -> None:
-    """Wait for a SIGTERM from the process `parent`, then exit; SIGTERM from other processes is dropped."""
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
-        pass
-    os._exit(0)
 
 
 def train_loader(

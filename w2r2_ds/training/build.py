@@ -19,8 +19,9 @@ from w2r2_ds.config.io import save_config
 from w2r2_ds.config.schema import RunConfig
 from w2r2_ds.data.answer_tokens import require_digit_tokens
 from w2r2_ds.data.dataset import check_frames_are_shared, digests, load_mixture
-from w2r2_ds.data.loader import ReraisingDataLoader, choose_grouping, make_processor, train_loader
+from w2r2_ds.data.loader import choose_grouping, make_processor, train_loader
 from w2r2_ds.data.mixture import Mixture
+from w2r2_ds.data.reraising_loader import ReraisingDataLoader
 from w2r2_ds.data.sampler import GlobalBatchSampler
 from w2r2_ds.data.validate import check_frames, check_sample_texts, describe_frames
 from w2r2_ds.kernels.select import check_kernels, describe_attention, resolve_dtype
