@@ -56,7 +56,8 @@ def prepare_task(
     Args:
         task: name of a registered task.
         root: data root in ScanNet's layout (docs/guides/own-dataset.md).
-        splits: annotation splits, e.g. [train,val]; ScanQA also has test_w_obj and test_wo_obj, without answers.
+        splits: annotation splits, e.g. [train,val]; test splits have no answers: test (ScanRefer, Scan2Cap), test_w_obj
+            and test_wo_obj (ScanQA).
         format: prompt and answer format: vgllm (coordinates in a frame's camera) or video3dllm (world coordinates);
             default: the task's first format.
         frames: frame selection.

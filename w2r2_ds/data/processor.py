@@ -147,6 +147,11 @@ class Processor:
         self._prompt_text(sample, min(1, len(sample.frames)))
         answer = sample.answer + self.end_of_turn if with_answer else ""
         if with_answer:
+            if not sample.answer:
+                raise ValueError(
+                    f"Sample {sample.id} of {sample.task} has no answer to train on: it is of a test split, or of a "
+                    "validation split where no frame shows its object; train on another data set."
+                )
             self._check_special_tokens(sample, sample.answer)
         frames, visual = len(sample.frames), self._added_visual_tokens(sample.frames, sizes)
         if frames not in self._template_tokens:

@@ -7,6 +7,7 @@ The predictions depend neither on the number of processes (``torchrun``, ``deeps
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -25,7 +26,14 @@ from w2r2_ds.evaluation.loading import run_config, trained_model, trained_weight
 from w2r2_ds.evaluation.predictions.record import record_of
 from w2r2_ds.evaluation.protocols.records import AnswerRecord
 from w2r2_ds.evaluation.resumable import PartialAnswers, Selection, record_line, unanswered, write_records
-from w2r2_ds.evaluation.scoring import check_scorable, choose_protocols, read_boxes, score_records
+from w2r2_ds.evaluation.scoring import (
+    NOT_SCORED,
+    are_annotated,
+    check_scorable,
+    choose_protocols,
+    read_boxes,
+    score_records,
+)
 from w2r2_ds.evaluation.shuffle import PAIRING_SEED, ShuffledGeometry, pair_scenes
 from w2r2_ds.kernels.select import resolve_dtype
 from w2r2_ds.models.build import VlmFrontend, load_frontend
@@ -36,6 +44,8 @@ from w2r2_ds.utils.file_lock import locked
 from w2r2_ds.utils.output_folder import check_writable
 from w2r2_ds.utils.parallel import set_num_threads
 from w2r2_ds.utils.progress import progress
+
+logger = logging.getLogger(__name__)
 
 GEOMETRY_CHOICES = ("fused", "zero", "shuffle")
 """``fused``: Phi(F2D, F3D); ``zero``: Phi(F2D, 0), 2D only; ``shuffle``: ``fused`` with another scene's geometry."""
@@ -92,7 +102,8 @@ def evaluate(
     # Errors in protocols, scenes, frames and texts are raised before hours of generation. A record without an answer
     # has all fields that decide which protocols can score it.
     unanswered_records = [record_of(sample, None) for sample in samples]
-    protocol_names = choose_protocols(protocols, unanswered_records, boxes is not None)
+    is_scored = are_annotated(unanswered_records)
+    protocol_names = choose_protocols(protocols, unanswered_records, boxes is not None) if is_scored else []
     check_scorable(unanswered_records, protocol_names, boxes)
     if geometry == "shuffle":  # raises ValueError for a single scene; the pairs themselves are made by Answerer
         pair_scenes([sample.scene_id for sample in whole if sample.frames])
@@ -123,8 +134,11 @@ def evaluate(
             "samples": len(records),
             "of": len(whole),
             "max_new_tokens": max_new_tokens,
-            "protocols": score_records(records, protocol_names, boxes),
+            "protocols": score_records(records, protocol_names, boxes) if is_scored else {},
         }
+        if not is_scored:
+            scores["not_scored"] = NOT_SCORED
+            logger.warning("%s: %s", out / f"predictions-{name}.jsonl", NOT_SCORED)
         (out / f"scores-{name}.json").write_text(json.dumps(scores, indent=2) + "\n")
         # The saved answers are deleted last: if scoring fails, the same command finds all of them and only scores.
         partial.remove()

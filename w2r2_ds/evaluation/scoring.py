@@ -11,7 +11,7 @@ from w2r2_ds.data.sources.proposals import read_proposals
 from w2r2_ds.data.tasks import base
 from w2r2_ds.data.tasks.parsing import AnswerError
 from w2r2_ds.evaluation.metrics.captions import MetricValue
-from w2r2_ds.evaluation.protocols.records import AnswerRecord, Proposals, check_keys
+from w2r2_ds.evaluation.protocols.records import AnswerRecord, Proposals, check_keys, raise_with_first
 from w2r2_ds.evaluation.protocols.registry import Protocol, find_protocol, protocols_of
 from w2r2_ds.utils.parallel import listed
 
@@ -19,6 +19,21 @@ logger = logging.getLogger(__name__)
 
 # Keys of a result that hold scores or texts of single items; they are not written into score files.
 PER_ITEM = ("items", "candidates", "references", "mask", "items_before_mask")
+
+
+NOT_SCORED = "not scored (no answers in this split)"
+
+
+def are_annotated(records: Sequence[AnswerRecord]) -> bool:
+    """Whether the records can be scored; False for those of a test split, whose answers are hidden.
+
+    Raises:
+        ValueError: some records can be scored and others not.
+    """
+    hidden = [record["id"] for record in records if not record.get("annotated", True)]
+    if len(hidden) < len(records):
+        raise_with_first(hidden, "samples have no annotated answers, but others do", "; evaluate the splits separately")
+    return not hidden
 
 
 def choose_protocols(names: Sequence[str], records: Sequence[AnswerRecord], has_proposals: bool = False) -> list[str]:

@@ -55,6 +55,11 @@ class AnswerValidation:
             raise ValueError("data.val has no samples; prepare a validation set, or set train.eval_every to 0.")
         # The same samples on every rank and in every launch of the run, so that scores of steps are comparable.
         self.samples = [available[index] for index in draw_subset(len(available), wanted, config.train.seed)]
+        if hidden := [sample.id for sample in self.samples if not sample.is_annotated]:
+            raise ValueError(
+                f"data.val: {len(hidden)} of {len(self.samples)} samples have no annotated answers (a test split), the "
+                f"first is {hidden[0]!r}; validate on another split, or set train.eval_every to 0."
+            )
         check_frames(self.samples, rank, world_size)
         check_sample_texts(self.samples, make_processor(frontend, config.data), rank, world_size, with_answer=False)
         self.max_new_tokens, self.tokenizer, self.device = config.train.eval_max_new_tokens, frontend.tokenizer, device

@@ -90,3 +90,8 @@ class Sample:
     what: tuple[int, int] = (0, 0)
     references: tuple[Reference, ...] = ()
     objects: tuple[LabeledBox, ...] = ()
+
+    @property
+    def is_annotated(self) -> bool:
+        """Whether there is anything to compare an answer with; False in test splits, whose answers are hidden."""
+        return bool(self.answer or self.target or self.references or self.objects)

@@ -27,11 +27,11 @@ import trimesh
 from pydantic import Field, TypeAdapter
 
 from w2r2_ds.data.sources.labels import LabelMap, read_labels
-from w2r2_ds.data.sources.scannet import check_scene_id, read_alignment
+from w2r2_ds.data.sources.scannet import alignment_file, check_scene_id, read_alignment
 from w2r2_ds.data.sources.validation import FrozenModel, validate
 from w2r2_ds.utils import atomic_io
 from w2r2_ds.utils.findings import Finding
-from w2r2_ds.utils.json_io import read_json
+from w2r2_ds.utils.json_io import read_json, read_text
 from w2r2_ds.utils.parallel import listed, run_all
 from w2r2_ds.utils.progress import progress
 from w2r2_ds.utils.sanitize import one_line
@@ -237,6 +237,8 @@ def write_all_boxes(
         raise ValueError(
             f"{folder} holds no scenes; correct --root, or get ScanNet's scans first (docs/guides/own-dataset.md)."
         )
+    hidden = [name for name in scenes if is_hidden_test_scan(root, check_scene_id(name))]
+    scenes = [name for name in scenes if name not in set(hidden)]
     existing = {name for name in scenes if boxes_file(root, name).is_file()}
     todo = [(root, name) for name in scenes if overwrite or name not in existing]
     problems: dict[str, str] = {}
@@ -250,10 +252,18 @@ def write_all_boxes(
     if problems:
         messages = [problems[name] for name in sorted(problems)]
         raise ValueError(listed(f"{len(problems)} of {len(scenes)} scenes have no boxes yet", messages))
+    found = [Finding("scans of ScanNet's hidden test split, which have no boxes", name) for name in hidden]
     # Scenes finish in any order.
-    return BoxesSummary(
-        len(todo), len(scenes) - len(todo), tuple(each for name in sorted(findings) for each in findings[name])
-    )
+    found += [each for name in sorted(findings) for each in findings[name]]
+    return BoxesSummary(len(todo), len(scenes) - len(todo), tuple(found))
+
+
+def is_hidden_test_scan(root: Path, scene_id: str) -> bool:
+    """Whether a scan has neither annotated objects nor an alignment, as those of ScanNet's hidden test split."""
+    folder, description = root / "scans" / scene_id, alignment_file(root, scene_id)
+    if not description.is_file() or any(folder.glob("*.aggregation.json")):
+        return False
+    return "axisAlignment" not in read_text(description)
 
 
 def _write(root: Path, scene_id: str) -> tuple[str, list[Finding], str]:

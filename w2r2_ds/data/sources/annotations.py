@@ -90,6 +90,18 @@ class Description(_Entry):
         return (self.object_id,)
 
 
+class HiddenDescription(Description):
+    """A description of ScanRefer's hidden test split: the object has no box, and may have no id and no name."""
+
+    object_id: IntegerOrDigits = 0
+    object_name: Name = "unknown"
+
+    @property
+    def object_ids(self) -> tuple[int, ...]:
+        """Empty: no box is needed."""
+        return ()
+
+
 class Question(_Entry):
     """A question about a scene.
 
@@ -124,18 +136,23 @@ class AnsweredQuestion(Question):
 
 
 _DESCRIPTIONS = TypeAdapter(list[Description])
+_HIDDEN_DESCRIPTIONS = TypeAdapter(list[HiddenDescription])
 _QUESTIONS = TypeAdapter(list[Question])
 _ANSWERED = TypeAdapter(list[AnsweredQuestion])
 
 
-def read_scanrefer(path: Path | str) -> list[Description]:
+def read_scanrefer(path: Path | str, hidden: bool = False) -> list[Description]:
     """All descriptions of a ``ScanRefer_filtered_*.json``, in the file's order.
+
+    Args:
+        path: JSON file.
+        hidden: whether it is the test split, whose descriptions are `HiddenDescription`.
 
     Raises:
         ValueError: the file is not readable, a field is missing or invalid, or two entries have the same scene_id,
             object_id and ann_id. The message has entry and field of the first ten errors.
     """
-    read: list[Description] = _read(path, SCANREFER_FILES, _DESCRIPTIONS)
+    read: list[Description] = _read(path, SCANREFER_FILES, _HIDDEN_DESCRIPTIONS if hidden else _DESCRIPTIONS)
     counts: Counter[tuple[str, int]] = Counter()  # descriptions of each object so far
     descriptions = []
     for description in read:

@@ -60,10 +60,16 @@ def proposals_file(root: Path, split: str) -> Path:
     return root / "proposals" / f"scannet_{split}_pred_box.json"
 
 
+def is_hidden(options: TaskOptions) -> bool:
+    """Whether the split is ScanNet's hidden test split, whose scans have no boxes and no alignment."""
+    return options.split == "test"
+
+
 class DescriptionTask(Task):
     """Base of the tasks whose annotations are ScanRefer's descriptions: ScanRefer and Scan2Cap."""
 
     formats = ("vgllm", "video3dllm")
+    splits = ("train", "val", "test")
     frame_protocol = "vgllm"
 
     def annotations(self, root: Path, options: TaskOptions) -> InputFile:
@@ -72,10 +78,10 @@ class DescriptionTask(Task):
         )
 
     def other_files(self, root: Path, options: TaskOptions) -> list[InputFile]:
-        return [InputFile("labels", root / LABELS_FILE, SCANNET_ACCESS)]
+        return [] if is_hidden(options) else [InputFile("labels", root / LABELS_FILE, SCANNET_ACCESS)]
 
     def read(self, root: Path, options: TaskOptions) -> Sequence[Description]:
-        return read_scanrefer(self.annotations(root, options).path)
+        return read_scanrefer(self.annotations(root, options).path, is_hidden(options))
 
     def jobs(self, root: Path, options: TaskOptions) -> tuple[Job, ...]:
         """One job per scene, with groups and classes of its objects, and the infos and proposals that the task needs.
@@ -83,6 +89,8 @@ class DescriptionTask(Task):
         The groups ``unique`` and ``multiple`` are computed from all annotations of the split, so skipped items count
         too, as in ScanRefer.
         """
+        if is_hidden(options):
+            return super().jobs(root, options)
         descriptions = self.read(root, options)
         labels = read_labels(root)
         groups_scannet = unique_or_multiple(descriptions, labels, scannet_class)

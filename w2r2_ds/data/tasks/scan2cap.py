@@ -8,20 +8,29 @@ Format ``vgllm``: the position is the centre of the box in the camera of the fir
 Training: one sample per description, at the annotated box. Validation: one sample per object (``scene|object|name`` of
 the annotations), at the detected box with the largest IoU, or at the annotated one; all descriptions of the object are
 references.
+
+Test: ScanNet's hidden scans have no annotated objects. Every proposed box of a scene gives a sample
+``scene|index of the box``, without references.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 
 from w2r2_ds.boxes3d.transforms import world_to_camera
+from w2r2_ds.data.frames.selection import select_frames
 from w2r2_ds.data.sources.annotations import Description
+from w2r2_ds.data.sources.proposals import read_proposals
 from w2r2_ds.data.sources.scannet import Scene, SceneParts
+from w2r2_ds.data.sources.validation import raise_problems
 from w2r2_ds.data.tasks.base import (
     NO_PROPOSAL,
+    InputFile,
     Job,
     PreparedItem,
     PreparedItems,
@@ -30,11 +39,14 @@ from w2r2_ds.data.tasks.base import (
     register_task,
 )
 from w2r2_ds.data.tasks.common import (
+    PROPOSALS,
     DescriptionTask,
     ObjectVisibility,
     find_visible_frames,
     frame_fields,
     frames_or_skip,
+    is_hidden,
+    proposals_file,
     rounded,
     target_of,
 )
@@ -72,6 +84,59 @@ def best_proposal(proposals: np.ndarray, box: np.ndarray) -> np.ndarray:
     iou = common / (proposals[:, 3:].prod(1) + box[3:].prod() - common)
     best: np.ndarray = proposals[int(iou.argmax())]
     return best
+
+
+@dataclass(frozen=True)
+class ProposedObject:
+    """A detected box to describe, of the hidden test split; implements ``data.tasks.base.Item``.
+
+    Attributes:
+        scene_id: ScanNet scene name.
+        index: index of the box in the scene's list in the file of proposals.
+        box: ``[6]`` centre and size, metres.
+        location: file and box, for messages.
+    """
+
+    scene_id: str
+    index: int
+    box: np.ndarray
+    location: str
+
+    object_ids: ClassVar[tuple[int, ...]] = ()
+    object_field: ClassVar[str] = ""
+
+    @property
+    def key(self) -> str:
+        """Id of the sample."""
+        return f"{self.scene_id}|{self.index}"
+
+
+def read_proposed_objects(path: Path) -> list[ProposedObject]:
+    """All proposed boxes; a broken one raises ``ValueError``, because captions are identified by the index."""
+    proposals = read_proposals(path)
+    broken = [*proposals.broken.values(), *(line for lines in proposals.broken_boxes.values() for line in lines)]
+    raise_problems(path, broken)
+    return [
+        ProposedObject(scene_id, index, box, f"{path}: {scene_id}[{index}]")
+        for scene_id, boxes in proposals.items()
+        for index, box in enumerate(boxes)
+    ]
+
+
+def _hidden_sample(scene: Scene, proposed: ProposedObject, options: TaskOptions) -> Sample:
+    """A sample of the hidden test split."""
+    chosen = select_frames(options.frames, scene, proposed.key, None)
+    assert chosen is not None, "without visibility, frames are always found"
+    first = scene.frames[chosen[0]].cam_to_world
+    box = np.concatenate([proposed.box, np.zeros(3)])
+    return Sample(
+        id=proposed.key,
+        task="scan2cap",
+        scene_id=proposed.scene_id,
+        **frame_fields([scene.frames[p] for p in chosen]),
+        question=question_text(box, first if options.format == "vgllm" else None),
+        answer="",
+    )
 
 
 def object_key(description: Description) -> str:
@@ -117,8 +182,20 @@ class Scan2Cap(DescriptionTask):
     name = "scan2cap"
     published: ClassVar = {"train": 36665, "val": 2068}
 
+    def annotations(self, root: Path, options: TaskOptions) -> InputFile:
+        if is_hidden(options):
+            return InputFile("annotations", proposals_file(root, options.split), PROPOSALS)
+        return super().annotations(root, options)
+
+    def read(self, root: Path, options: TaskOptions) -> Sequence[Any]:
+        if is_hidden(options):
+            return read_proposed_objects(self.annotations(root, options).path)
+        return super().read(root, options)
+
     def make_samples(self, scene: Scene, job: Job, options: TaskOptions) -> PreparedItems:
         """Samples and skipped items: one per description (training) or per object, in the order of the file."""
+        if is_hidden(options):
+            return [(number, _hidden_sample(scene, proposed, options)) for number, proposed in job.items]
         scene, visibility = find_visible_frames(scene, job, options)
         if options.split == "train":
             return [
@@ -145,7 +222,7 @@ class Scan2Cap(DescriptionTask):
         return "descriptions" if options.split == "train" else "objects"
 
     def items(self, job: Job, options: TaskOptions) -> list[tuple[int, str, str]]:
-        if options.split == "train":
+        if options.split != "val":
             return super().items(job, options)
         first: dict[str, tuple[int, str, str]] = {}
         for number, description in job.items:
@@ -158,10 +235,11 @@ class Scan2Cap(DescriptionTask):
 
     def scene_parts(self, options: TaskOptions) -> SceneParts:
         # Format vgllm: the position is in the camera of the first frame.
-        return SceneParts.BOXES | (SceneParts.POSES if options.format == "vgllm" else SceneParts.NONE)
+        boxes = SceneParts.NONE if is_hidden(options) else SceneParts.BOXES
+        return boxes | (SceneParts.POSES if options.format == "vgllm" else SceneParts.NONE)
 
     def needs_proposals(self, options: TaskOptions) -> bool:
-        return options.split != "train" and options.boxes == "proposals"
+        return options.split == "val" and options.boxes == "proposals"
 
     def recorded_options(self, options: TaskOptions) -> dict[str, Any]:
-        return {} if options.split == "train" else {"boxes": options.boxes}
+        return {"boxes": options.boxes} if options.split == "val" else {}

@@ -10,6 +10,9 @@ Format ``video3dllm``: the answer is the lowest and the highest corner of the wo
 LaVi-Lab/Video-3D-LLM ``process_scanrefer.py``). The public code trains the other template, an ``<ground>`` token, so
 the number format is this project's: two decimals, separated by commas. Its kind is ``answer``, because digit tokens are
 supported only for boxes in a camera.
+
+The split ``test`` (ScanRefer's benchmark, on ScanNet's hidden scans) has neither boxes nor answers. Its samples have an
+empty label and no target. The world of these scans is the raw one, as in ScanRefer's code: they have no alignment.
 """
 
 from __future__ import annotations
@@ -42,6 +45,7 @@ from w2r2_ds.data.tasks.common import (
     find_visible_frames,
     frame_fields,
     frames_or_skip,
+    is_hidden,
     rounded,
     rounded_box,
     target_of,
@@ -174,6 +178,22 @@ def _world_sample(
     )
 
 
+def _hidden_sample(scene: Scene, description: Description, options: TaskOptions) -> Sample:
+    """A sample of the hidden test split."""
+    chosen = select_frames(options.frames, scene, description.key, None)
+    assert chosen is not None, "without visibility, frames are always found"
+    template = QUESTION if options.format == "vgllm" else WORLD_QUESTION
+    return Sample(
+        id=description.key,
+        task="scanrefer",
+        scene_id=description.scene_id,
+        **frame_fields([scene.frames[p] for p in chosen]),
+        question=question_text(description.text, template),
+        answer="",
+        what=description_span(description.text, template),
+    )
+
+
 @register_task
 class ScanRefer(DescriptionTask):
     """A sentence about an object -> the object's box."""
@@ -188,6 +208,8 @@ class ScanRefer(DescriptionTask):
         Raises:
             ValueError: the scene's frames are not those that EmbodiedScan lists, or an image cannot be read.
         """
+        if is_hidden(options):
+            return [(number, _hidden_sample(scene, description, options)) for number, description in job.items]
         scene, visibility = find_visible_frames(scene, job, options)
         if options.format == "video3dllm":
             return [(n, _world_sample(scene, job, description, options, visibility)) for n, description in job.items]
@@ -209,9 +231,13 @@ class ScanRefer(DescriptionTask):
 
     def uses_visibility(self, options: TaskOptions) -> bool:
         # Format vgllm: the answer is a frame that shows the object. scene_sets selects a set with such a frame.
+        if is_hidden(options):
+            return False
         return options.format == "vgllm" or (options.split == "train" and options.frames.protocol == "scene_sets")
 
     def scene_parts(self, options: TaskOptions) -> SceneParts:
+        if is_hidden(options):  # an answer in a frame's camera needs the pose of the frame
+            return SceneParts.POSES if options.format == "vgllm" else SceneParts.NONE
         # Format vgllm: the box is moved to a frame's camera, and its projected area selects the frame.
         camera = SceneParts.POSES | SceneParts.INTRINSICS if options.format == "vgllm" else SceneParts.NONE
         return SceneParts.BOXES | camera

@@ -14,6 +14,7 @@ form                only if the answer is a box, its coordinates: ``camera`` (a 
                     camera), ``world`` (six numbers, lowest and highest corner) or ``box`` (the field ``box``)
 cam_to_world        ``[frames][4][4]`` camera to axis-aligned world, if ``form`` is ``camera``
 box                 world box (centre, size; metres) of an answer in a file of another project, null if it has none
+annotated           false if the split has no answers, so that the record cannot be scored; else missing
 iou                 IoU of the described box (Scan2Cap), in files of other projects
 
 Groups and classes were computed from the whole split when it was prepared, so they are valid for a subset too.
@@ -49,6 +50,8 @@ def record_of(sample: Sample, text: str | None, tokens: Sequence[int] = ()) -> d
         "references": [{"text": reference.text, "words": list(reference.words)} for reference in sample.references],
         "objects": [{"label": labeled.label, "box": labeled.box.tolist()} for labeled in sample.objects],
     }
+    if not sample.is_annotated:
+        record["annotated"] = False
     if WORLD_FORMAT in sample.question:
         record["form"] = "world"
     elif sample.kind == "grounding":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
 from pathlib import Path
@@ -26,10 +27,20 @@ from w2r2_ds.evaluation.predictions.importers import (
 from w2r2_ds.evaluation.predictions.record import record_of
 from w2r2_ds.evaluation.protocols.records import AnswerRecord, RecordFields
 from w2r2_ds.evaluation.protocols.registry import find_protocol, protocols_of
-from w2r2_ds.evaluation.scoring import check_records, choose_protocols, read_boxes, score_records, task_of
+from w2r2_ds.evaluation.scoring import (
+    NOT_SCORED,
+    are_annotated,
+    check_records,
+    choose_protocols,
+    read_boxes,
+    score_records,
+    task_of,
+)
 from w2r2_ds.types.sample import Sample
 from w2r2_ds.utils.hashing import file_sha256
 from w2r2_ds.utils.output_folder import check_writable
+
+logger = logging.getLogger(__name__)
 
 _Records = tuple[list[AnswerRecord], dict[str, int], list[PreparedSet]]
 """Records, counts of predictions (see `join`), and the data sets that they were joined with."""
@@ -73,6 +84,7 @@ def score_file(
         records, counts, sets = _own_records(file, format_name, task, protocols, boxes is not None)
     else:
         records, counts, sets = _joined_records(file, format_name, task, data, root)
+    is_scored = not records or are_annotated(records)  # without records, scoring raises the error
     scores = {
         "file": str(file),
         "sha256": file_sha256(file),
@@ -82,8 +94,11 @@ def score_file(
         "samples": len(records),
         "missing": sum(record["text"] is None for record in records),
         **counts,
-        "protocols": score_records(records, protocols, boxes),
+        "protocols": score_records(records, protocols, boxes) if is_scored else {},
     }
+    if not is_scored:
+        scores["not_scored"] = NOT_SCORED
+        logger.warning("%s: %s", file, NOT_SCORED)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         name = file.stem.removeprefix("predictions-")
@@ -136,6 +151,8 @@ def read_own_records(file: Path, protocols: Sequence[str], has_proposals: bool) 
             raise ValueError(f"{location}: field 'task': {error}") from None
     records: list[AnswerRecord] = [values for _, values in lines]
     check_records(records)
+    if not are_annotated(records):
+        return records
     # Fields that only some protocols read are validated by the models of those protocols.
     for model in {find_protocol(name).record_model for name in choose_protocols(protocols, records, has_proposals)}:
         adapter = TypeAdapter(model)

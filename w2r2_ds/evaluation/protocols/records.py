@@ -44,6 +44,7 @@ class RecordFields(FrozenModel):
     scene_id: Name
     text: str | None
     form: Coordinates | None = None
+    annotated: bool = True
 
 
 class ReferenceFields(FrozenModel):
