@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from encoder_inputs import pixel_values
 from golden_files import Golden, find, is_vgllm_run
 from vgllm_reference import (
     LOSSES,
@@ -122,7 +123,7 @@ def test_zero_geometry_after_the_merger_equals_the_stock_model_bitwise(golden: G
         input_ids=batch.input_ids,
         attention_mask=batch.attention_mask,
         mm_token_type_ids=batch.token_types,
-        pixel_values=batch.visuals.pixel_values,
+        pixel_values=pixel_values(batch.visuals),
         image_grid_thw=batch.visuals.grid_thw,
         use_cache=False,
     ).logits

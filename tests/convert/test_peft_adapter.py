@@ -12,6 +12,7 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from encoder_inputs import pixel_values
 from runs import STEPS, World, read_metrics
 from trained_models import load_trained_model
 from w2r2_ds.config.io import save_config
@@ -45,7 +46,7 @@ def test_an_adapter_loads_with_stock_peft_and_transformers(adapter: Path, traine
         "input_ids": batch.input_ids,
         "attention_mask": batch.attention_mask,
         "mm_token_type_ids": batch.token_types,
-        "pixel_values": batch.visuals.pixel_values,
+        "pixel_values": pixel_values(batch.visuals),
         "image_grid_thw": batch.visuals.grid_thw,
     }
     untrained = plain(**inputs).logits

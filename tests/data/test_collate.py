@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
+from encoder_inputs import geometry_images, pixel_values
 from w2r2_ds.data.answer_tokens import NUMBERS
 from w2r2_ds.data.collate import dummy_visuals
+from w2r2_ds.data.loader import make_collate, make_processor, prompt_loader
+from w2r2_ds.types.batch import map_tensors
 
 
 @pytest.mark.parametrize("visual", ["images", "video"])
@@ -99,8 +104,8 @@ def test_visuals_poses_and_targets(batch_of: Any, samples: list[Any]) -> None:
     batch = batch_of(samples)
     assert batch.visuals.kind == "image"
     assert batch.visuals.grid_thw.tolist() == [[1, 2, 4]] * 4 + [[1, 4, 4]] * 3 + [[1, 2, 4]] * 12
-    assert batch.visuals.pixel_values.shape[0] == int(batch.visuals.grid_thw.prod(-1).sum())
-    assert [len(images) for images in batch.visuals.geometry_images] == [4, 3, 12]
+    assert pixel_values(batch.visuals).shape[0] == int(batch.visuals.grid_thw.prod(-1).sum())
+    assert [len(images) for images in batch.visuals.geometry_frames] == [4, 3, 12]
     assert batch.cam_to_world.shape == (3, 12, 4, 4) and batch.cam_to_world.dtype == torch.float64
     for index, sample in enumerate(samples):
         count = len(sample.frames)
@@ -180,12 +185,12 @@ def test_a_batch_without_frames_has_a_dummy_image(
     frames = {"images": 1, "video": 2}[visual]
     assert batch.visuals.dummy and batch.visuals.kind == {"images": "image", "video": "video"}[visual]
     assert batch.visuals.grid_thw.tolist() == [[1, 4, 4]]
-    assert batch.visuals.pixel_values.shape == (16, 3 * 2 * 14 * 14)
-    (geometry,) = batch.visuals.geometry_images
-    assert geometry.shape == (frames, 3, 56, 56) and (geometry == 0.5).all()
+    assert pixel_values(batch.visuals).shape == (16, 3 * 2 * 14 * 14)
+    (geometry,) = batch.visuals.geometry_frames
+    assert geometry.shape == (frames, 3, 56, 56) and geometry.dtype == torch.uint8 and (geometry == 128).all()
     mean, std = frontend.vision.image_mean, frontend.vision.image_std
-    expected = torch.tensor([(0.5 - mean[c]) / std[c] for c in range(3)]).repeat_interleave(2 * 14 * 14)
-    assert torch.allclose(batch.visuals.pixel_values, expected.expand(16, -1), atol=1e-6)
+    expected = torch.tensor([(128 / 255 - mean[c]) / std[c] for c in range(3)]).repeat_interleave(2 * 14 * 14)
+    assert torch.allclose(pixel_values(batch.visuals), expected.expand(16, -1), atol=1e-6)
     assert not batch.token_types.any() and not (batch.input_ids == frontend.vision.image_token_id).any()
     assert batch.cam_to_world.shape == (2, 1, 4, 4) and batch.cam_to_world.isnan().all()
     assert batch.target_box[0].isnan().all() and not batch.target_box[1].isnan().any()
@@ -204,8 +209,8 @@ def test_dummy_image_with_different_patch_sizes(frontend: Any, tower: int, geome
     patches = side // (2 * tower) * 2
     for visuals, frames in ((image, 1), (video, 3)):
         assert visuals.grid_thw.tolist() == [[1, patches, patches]]
-        assert visuals.pixel_values.shape == (patches**2, 3 * 3 * tower**2)
-        assert visuals.geometry_images[0].shape == (frames, 3, side, side)
+        assert pixel_values(visuals).shape == (patches**2, 3 * 3 * tower**2)
+        assert visuals.geometry_frames[0].shape == (frames, 3, side, side)
 
 
 @pytest.mark.parametrize("visual", ["images", "video"])
@@ -215,10 +220,10 @@ def test_samples_with_and_without_frames(
     """Visuals, position ids and poses equal those of the samples with frames; position ids of a text start at 0."""
     chosen = [text_samples[0], samples[1], text_samples[1], samples[0]]
     batch, plain = batch_of(chosen, visual=visual), batch_of([samples[1], samples[0]], visual=visual)
-    assert not batch.visuals.dummy and len(batch.visuals.geometry_images) == 2
-    for mixed, single in zip(batch.visuals.geometry_images, plain.visuals.geometry_images, strict=True):
+    assert not batch.visuals.dummy and len(batch.visuals.geometry_frames) == 2
+    for mixed, single in zip(batch.visuals.geometry_frames, plain.visuals.geometry_frames, strict=True):
         assert torch.equal(mixed, single)
-    assert torch.equal(batch.visuals.pixel_values, plain.visuals.pixel_values)
+    assert torch.equal(pixel_values(batch.visuals), pixel_values(plain.visuals))
     assert torch.equal(batch.visuals.grid_thw, plain.visuals.grid_thw)
     lengths = batch.attention_mask.sum(1).tolist()
     for index in (0, 2):
@@ -230,6 +235,34 @@ def test_samples_with_and_without_frames(
         assert torch.equal(batch.position_ids[:, there, :length], plain.position_ids[:, here, :length])
         assert torch.equal(batch.cam_to_world[there].isnan(), plain.cam_to_world[here].isnan())
     assert batch.cam_to_world.shape == (4, 4, 4, 4)
+
+
+def test_a_sample_is_eight_times_smaller_than_its_float_inputs(
+    frontend: Any, data_config: Any, samples: list[Any], tmp_path: Path
+) -> None:
+    """All bytes of a batch, against those of its frames as float32 inputs of both encoders.
+
+    The size is that of ScanNet's frames; the tensors besides the frames are small in comparison.
+    """
+    path = tmp_path / "frame.png"
+    Image.new("RGB", (648, 484)).save(path)
+    sample = replace(samples[0], frames=(path,) * 4)
+    config = data_config(frame_width=518, max_length=4096)
+    collate = make_collate(frontend, config)
+    batch = collate([make_processor(frontend, config)(sample, with_answer=True)])
+    tensors: list[torch.Tensor] = []
+    map_tensors(batch, lambda tensor: tensors.append(tensor) or tensor)
+    assert sum(tensor.dtype == torch.uint8 for tensor in tensors) == 1
+    floats = pixel_values(batch.visuals).nbytes + sum(images.nbytes for images in geometry_images(batch.visuals))
+    assert floats > 8 * sum(tensor.nbytes for tensor in tensors)
+
+
+def test_the_frames_of_a_batch_reach_the_main_process_once(frontend: Any, data_config: Any, samples: list[Any]) -> None:
+    """A loader process sends the tensor that both encoders share as one object."""
+    chosen = [samples[0], replace(samples[0], id="again")]  # two frame sets of the same frames
+    for batch in prompt_loader(chosen, frontend, data_config(workers=1), 2):
+        visuals = batch.visuals
+        assert len({id(frames) for frames in (*visuals.tower_frames, *visuals.geometry_frames)}) == 1
 
 
 def test_video_positions_use_the_frame_rate(batch_of: Any, samples: list[Any]) -> None:
@@ -255,7 +288,8 @@ def test_to_and_pin_memory_apply_to_every_tensor(
         moved.layout.suffix,
     ]
     tensors += [moved.visuals.tower.positions, moved.visuals.tower.order]
-    tensors += [moved.target_box, moved.visuals.pixel_values, moved.visuals.grid_thw, *moved.visuals.geometry_images]
+    tensors += [moved.target_box, moved.visuals.grid_thw, *moved.visuals.geometry_frames]
+    assert all(one is other for one, other in zip(moved.visuals.tower_frames, tensors[-2:], strict=True))
     for part in (moved.answer_positions, moved.description_positions, moved.prompts):
         tensors += [value for value in vars(part).values() if isinstance(value, torch.Tensor)]
     assert all(tensor.device.type == "meta" for tensor in tensors)
@@ -265,4 +299,5 @@ def test_to_and_pin_memory_apply_to_every_tensor(
     pinned: list[torch.Tensor] = []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor)
     again = batch.pin_memory()
-    assert len(pinned) == len(tensors) and torch.equal(again.input_ids, batch.input_ids)
+    assert len(pinned) == len(tensors), "the frames, which both encoders share, once"
+    assert torch.equal(again.input_ids, batch.input_ids)

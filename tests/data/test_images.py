@@ -10,8 +10,6 @@ from PIL import ExifTags, Image, ImageOps
 
 from w2r2_ds.data.images import (
     ORIENTATIONS,
-    even_crop,
-    even_size,
     fitted_size,
     frame_size,
     load_frame,
@@ -31,8 +29,8 @@ def frames(count: int, height: int, width: int) -> np.ndarray:
 
 
 def pixels(images: np.ndarray) -> np.ndarray:
-    """``float32 [count, 3, height, width]`` in [0, 1]."""
-    return images.transpose(0, 3, 1, 2).astype(np.float32) / np.float32(255)
+    """``uint8 [count, 3, height, width]``."""
+    return images.transpose(0, 3, 1, 2)
 
 
 def test_a_colour_image_is_unchanged(tmp_path: Path) -> None:
@@ -128,8 +126,8 @@ def test_the_lost_height_is_that_of_the_crop(size: tuple[int, int], lost: float)
     assert lost_height(size, 518, 14, "pad") == 0
     # With a marker in the rows: the fraction of the rows that remain.
     ramp = np.repeat(np.linspace(0, 255, size[1]).astype(np.uint8)[:, None, None], 3, axis=2).repeat(size[0], axis=1)
-    kept = resize_frames([ramp], 518, 14)[0, 0, :, 0]
-    assert kept[-1] - kept[0] == pytest.approx(1 - lost, abs=0.01)
+    kept = resize_frames([ramp], 518, 14)[0, 0, :, 0].astype(float)
+    assert (kept[-1] - kept[0]) / 255 == pytest.approx(1 - lost, abs=0.01)
 
 
 def test_default_width_is_518() -> None:
@@ -170,22 +168,20 @@ def test_sizes_follow_from_the_file_headers(
     assert [frame_size(tmp_path / f"{index}.jpg") for index in range(len(sizes))] == sizes
     try:
         images = resize_frames([noise(height, width) for width, height in sizes], width, 14, mode)
-        cropped = even_crop(images)
     except ValueError as error:
         with pytest.raises(ValueError) as caught:
-            even_size(*reversed(fitted_size(sizes, width, 14, mode)))
+            fitted_size(sizes, width, 14, mode)
         assert str(caught.value) == str(error)
     else:
-        assert images.shape[2:] == (height_width := fitted_size(sizes, width, 14, mode)[::-1])
-        assert cropped.shape[2:] == even_size(*height_width)
+        assert images.shape[2:] == fitted_size(sizes, width, 14, mode)[::-1] and images.dtype == np.uint8
 
 
 def test_pad_puts_white_left_and_right_of_a_high_frame() -> None:
     tall = noise(56, 28)
     padded = resize_frames([tall], width=56, patch=14, mode="pad")
     np.testing.assert_array_equal(padded[..., 14:42], pixels(tall[None]))
-    assert (padded[..., :14] == 1).all()
-    assert (padded[..., 42:] == 1).all()
+    assert (padded[..., :14] == 255).all()
+    assert (padded[..., 42:] == 255).all()
 
 
 def test_frames_of_unequal_height_are_centred_on_white() -> None:
@@ -193,8 +189,8 @@ def test_frames_of_unequal_height_are_centred_on_white() -> None:
     both = resize_frames([low, high], width=56, patch=14)
     np.testing.assert_array_equal(both[1], pixels(high[None])[0])
     np.testing.assert_array_equal(both[0, :, 14:42], pixels(low[None])[0])
-    assert (both[0, :, :14] == 1).all()
-    assert (both[0, :, 42:] == 1).all()
+    assert (both[0, :, :14] == 255).all()
+    assert (both[0, :, 42:] == 255).all()
 
 
 def test_no_frames_are_rejected() -> None:
@@ -215,13 +211,3 @@ def test_a_frame_with_a_resized_side_of_zero_is_rejected() -> None:
 def test_a_frame_of_floats_is_rejected() -> None:
     with pytest.raises(ValueError, match="float32"):
         resize_frames([np.zeros((28, 28, 3), dtype=np.float32)], width=28, patch=14)
-
-
-def test_even_crop_cuts_at_bottom_and_right() -> None:
-    given = pixels(frames(1, 42, 70))
-    np.testing.assert_array_equal(even_crop(given), given[:, :, :28, :56])
-
-
-def test_even_crop_rejects_frames_without_one_merged_patch() -> None:
-    with pytest.raises(ValueError, match="70 x 14 pixels"):
-        even_crop(np.zeros((1, 3, 14, 70), dtype=np.float32))

@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from golden_files import Golden, find, is_qwen_images, is_vggt_images
-from w2r2_ds.data.images import even_crop, load_frame, resize_frames
+from w2r2_ds.data.images import load_frame, resize_frames
+from w2r2_ds.models.frame_pixels import even_crop, even_size, unit_range
 from w2r2_ds.models.qwen2_5_vl.pixels import patchify
 
 pytestmark = pytest.mark.golden
@@ -35,7 +37,8 @@ QWEN_CASES = cases(find(is_qwen_images))
 def vggt_pixels(golden: Golden, case: str) -> np.ndarray:
     stated = golden.record["results"][case]
     frames = [load_frame(golden.path.parent / name) for name in stated["images"]]
-    return resize_frames(frames, width=stated["shape"][-1], patch=14, mode=stated["mode"])
+    resized = resize_frames(frames, width=stated["shape"][-1], patch=14, mode=stated["mode"])
+    return unit_range(torch.from_numpy(resized)).numpy()
 
 
 def digest(values: np.ndarray) -> str:
@@ -77,26 +80,28 @@ def test_resized_frames_have_the_recorded_pixels(golden: Golden, case: str) -> N
 
 
 @cache
-def qwen_input(golden: Golden, case: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """VGGT's pixels, Qwen's patches and their grid."""
+def qwen_input(golden: Golden, case: str) -> tuple[np.ndarray, np.ndarray]:
+    """VGGT's pixels and Qwen's patches."""
     stated = golden.record["results"][case]
     path = golden.path.parent / golden.record["images_dir"] / stated["image"]
-    pixels = resize_frames([load_frame(path)], width=stated["images_vggt_shape"][-1], patch=14)
+    frames = torch.from_numpy(resize_frames([load_frame(path)], width=stated["images_vggt_shape"][-1], patch=14))
     mean, std = golden.record["image_mean"], golden.record["image_std"]
-    return pixels, *patchify(even_crop(pixels), mean=mean, std=std)
+    patches = patchify(even_crop(frames), mean=mean, std=std)
+    return unit_range(frames).numpy(), patches.numpy()
 
 
 @pytest.mark.parametrize(("golden", "case"), QWEN_CASES)
 def test_qwen_path_resizes_as_recorded(golden: Golden, case: str) -> None:
-    stated, (pixels, _, _) = golden.record["results"][case], qwen_input(golden, case)
+    stated, (pixels, _) = golden.record["results"][case], qwen_input(golden, case)
     assert pixels.shape[1:] == tuple(stated["images_vggt_shape"])
     assert digest(as_bytes(pixels)) == stated["sha256_images_vggt_uint8"]
 
 
 @pytest.mark.parametrize(("golden", "case"), QWEN_CASES)
 def test_qwen_patches_have_the_recorded_grid_and_sums(golden: Golden, case: str) -> None:
-    stated, (_, patches, grid) = golden.record["results"][case], qwen_input(golden, case)
-    assert grid.tolist() == [stated["image_grid_thw"]]
+    stated, (pixels, patches) = golden.record["results"][case], qwen_input(golden, case)
+    height, width = even_size(*pixels.shape[-2:])
+    assert [1, height // 14, width // 14] == stated["image_grid_thw"]
     assert patches.shape == tuple(stated["pixel_values_shape"])
     assert patches.sum(dtype=np.float64) == pytest.approx(stated["sum"], abs=1e-6 * stated["abs_sum"])
     assert np.abs(patches).sum(dtype=np.float64) == pytest.approx(stated["abs_sum"], rel=1e-6)
@@ -104,7 +109,7 @@ def test_qwen_patches_have_the_recorded_grid_and_sums(golden: Golden, case: str)
 
 @pytest.mark.parametrize(("golden", "case"), QWEN_CASES)
 def test_qwen_patches_have_the_recorded_values(golden: Golden, case: str) -> None:
-    stated, (_, patches, _) = golden.record["results"][case], qwen_input(golden, case)
+    stated, (_, patches) = golden.record["results"][case], qwen_input(golden, case)
     rows, columns = stated["stride"]
     cuts = {
         "pixel_values_strided": patches[::rows, ::columns],

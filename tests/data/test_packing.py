@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from encoder_inputs import pixel_values
 from packed_batches import packed_of, questions
 from w2r2_ds.config.io import DEMO_RECIPE, load_config
 from w2r2_ds.data.dataset import check_frames_are_shared
@@ -77,9 +78,9 @@ def test_shared_frames_are_encoded_once(
     batch = pack(chosen, questions_per_scene=2, visual=visual)
     distinct = pack([first[0], second[0]], visual=visual)
     assert batch.visuals.ids == (first[0].id, second[0].id) and batch.visuals.sizes == distinct.visuals.sizes
-    for name in ("pixel_values", "grid_thw"):
-        assert torch.equal(getattr(batch.visuals, name), getattr(distinct.visuals, name))
-    assert len(batch.visuals.geometry_images) == 2
+    assert torch.equal(pixel_values(batch.visuals), pixel_values(distinct.visuals))
+    assert torch.equal(batch.visuals.grid_thw, distinct.visuals.grid_thw)
+    assert len(batch.visuals.geometry_frames) == 2
     assert (batch.token_types.flatten()[batch.visual_tokens] > 0).all()
     assert len(batch.visual_tokens) == sum(batch.visuals.sizes) == int((batch.token_types > 0).sum())
     assert batch.frame_set_of_sample.tolist() == [0, 1, -1, 0, 1, 0]

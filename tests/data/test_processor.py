@@ -24,9 +24,9 @@ def text_of(frontend: Any, ids: torch.Tensor) -> str:
 def test_images_have_one_placeholder_per_merged_patch(frontend: Any, data_config: Any, samples: list[Any]) -> None:
     features = make_processor(frontend, data_config())(samples[0], with_answer=True)
     assert features.visual.grid_thw.tolist() == [[1, 2, 4]] * 4  # 56 x 42 pixels, the odd row of patches cropped
-    assert features.visual.pixel_values.shape == (4 * 8, 3 * 2 * 14 * 14)
-    assert features.visual.geometry_images.shape == (4, 3, 42, 56)  # not cropped
-    assert features.visual.geometry_images.min() >= 0 and features.visual.geometry_images.max() <= 1
+    assert features.visual.geometry_frames.shape == (4, 3, 42, 56)  # not cropped
+    assert features.visual.geometry_frames.dtype == torch.uint8
+    assert features.visual.tower_frames is features.visual.geometry_frames
     assert int((features.input_ids == frontend.vision.image_token_id).sum()) == 4 * 2
     assert torch.equal(features.token_types == IMAGE, features.input_ids == frontend.vision.image_token_id)
     pads = "<|image_pad|>" * 2
@@ -40,7 +40,7 @@ def test_images_have_one_placeholder_per_merged_patch(frontend: Any, data_config
 def test_video_has_one_grid_and_pairs_of_frames(frontend: Any, data_config: Any, samples: list[Any]) -> None:
     features = make_processor(frontend, data_config(visual="video"))(samples[1], with_answer=True)
     assert features.visual.grid_thw.tolist() == [[2, 4, 4]]  # three frames are two pairs
-    assert features.visual.pixel_values.shape[0] == 32
+    assert len(features.visual.tower_frames) == 3
     assert int((features.input_ids == frontend.vision.video_token_id).sum()) == 2 * 4
     assert torch.equal(features.token_types == VIDEO, features.input_ids == frontend.vision.video_token_id)
     assert "Frame-" not in text_of(frontend, features.input_ids)
@@ -48,14 +48,12 @@ def test_video_has_one_grid_and_pairs_of_frames(frontend: Any, data_config: Any,
 
 @pytest.mark.parametrize("visual", ["images", "video"])
 def test_input_bytes(frontend: Any, data_config: Any, samples: list[Any], visual: str) -> None:
-    """The size of the tensors that a loader process puts into shared memory, without the crop for the vision tower."""
+    """The size of the frames that a loader process puts into shared memory, once for both encoders."""
     config = data_config(visual=visual)
     for sample in samples:
         inputs = make_processor(frontend, config)(sample, with_answer=True).visual
-        height, width = inputs.geometry_images.shape[-2:]
-        cropped = int(inputs.grid_thw[0, 1:].prod()) * frontend.vision.patch_size**2
-        expected = inputs.geometry_images.nbytes + inputs.pixel_values.nbytes * height * width / cropped
-        assert input_bytes(sample.frames, config) == expected > 0
+        assert inputs.tower_frames is inputs.geometry_frames
+        assert input_bytes(sample.frames, config) == inputs.geometry_frames.nbytes > 0
 
 
 def test_prompt_is_the_training_sequence_without_its_answer(
@@ -133,12 +131,9 @@ def test_a_sample_without_frames(frontend: Any, data_config: Any, text_samples: 
             "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
             f"{sample.question}<|im_end|>\n<|im_start|>assistant\n{sample.answer}<|im_end|>"
         )
-        assert (
-            features.visual.pixel_values.shape == (0, 3 * 2 * 14 * 14)
-            and features.visual.pixel_values.dtype == torch.float32
-        )
+        assert features.visual.tower_frames is None
         assert features.visual.grid_thw.shape == (0, 3) and features.visual.grid_thw.dtype == torch.int64
-        assert features.visual.geometry_images is None and not features.token_types.any()
+        assert features.visual.geometry_frames is None and not features.token_types.any()
     assert text_of(frontend, features.input_ids[features.what]).strip() == "The sofa."
 
 
@@ -187,9 +182,9 @@ def test_frames_of_odd_and_unequal_sizes(frontend: Any, data_config: Any, sample
     odd = replace(samples[0], frames=tuple(paths), cam_to_world=samples[0].cam_to_world[:2])
     features = make_processor(frontend, data_config())(odd, with_answer=False)
     # 56 x 42 and 56 x 56 (cut): the first is padded to the second.
-    assert features.visual.geometry_images.shape == (2, 3, 56, 56)
+    assert features.visual.geometry_frames.shape == (2, 3, 56, 56)
     assert features.visual.grid_thw.tolist() == [[1, 4, 4]] * 2
-    assert features.visual.geometry_images[0, :, 0].min() == 1 and features.visual.geometry_images[1].max() < 1
+    assert features.visual.geometry_frames[0, :, 0].min() == 255 and features.visual.geometry_frames[1].max() < 255
 
 
 @pytest.mark.parametrize("visual", ["images", "video"])
@@ -202,7 +197,7 @@ def test_padded_frames_are_square(
     sample = replace(samples[0], frames=(path,) * 2, cam_to_world=samples[0].cam_to_world[:2])
     processor = make_processor(frontend, data_config(frame_fit="pad", visual=visual))
     features = processor(sample, with_answer=False)
-    assert features.visual.geometry_images.shape == (2, 3, 56, 56)
+    assert features.visual.geometry_frames.shape == (2, 3, 56, 56)
     assert features.visual.grid_thw.tolist() == ([[1, 4, 4]] * 2 if visual == "images" else [[1, 4, 4]])
     processor.config.max_length = len(features.input_ids) - 1
     with pytest.raises(SequenceTooLong) as caught:  # the length that follows from the header

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from encoder_inputs import pixel_values
 from metric_cases import undocumented
 from runs import STEPS, World
 from trained_models import load_trained_model
@@ -63,7 +64,7 @@ def test_answers_without_geometry_equal_stock_generation(loaded: Any, prompts: l
             input_ids=batch.input_ids,
             attention_mask=batch.attention_mask,
             mm_token_type_ids=batch.token_types,
-            pixel_values=batch.visuals.pixel_values,
+            pixel_values=pixel_values(batch.visuals),
             image_grid_thw=batch.visuals.grid_thw,
             do_sample=False,
             max_new_tokens=TOKENS,

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from encoder_inputs import pixel_values
 from w2r2_ds.data.loader import make_processor, prompt_loader
 from w2r2_ds.evaluation.shuffle import ShuffledGeometry, pair_scenes
 
@@ -47,19 +48,22 @@ def test_2d_features_stay_and_geometry_is_replaced(
         right, wrong, other = plain(room, False), shuffled(room, False), plain(donor, False)
         for field in ("input_ids", "token_types", "what"):
             assert torch.equal(getattr(right, field), getattr(wrong, field)), field
-        for field in ("pixel_values", "grid_thw"):
+        for field in ("tower_frames", "grid_thw"):
             assert torch.equal(getattr(right.visual, field), getattr(wrong.visual, field)), field
-        assert wrong.visual.geometry_images.shape == right.visual.geometry_images.shape
-        if right.visual.geometry_images.shape[-2:] == other.visual.geometry_images.shape[-2:]:
-            count = len(other.visual.geometry_images)
-            expected = torch.stack([other.visual.geometry_images[i % count] for i in range(len(room.frames))])
-            assert torch.equal(wrong.visual.geometry_images, expected)
+        assert wrong.visual.geometry_frames.shape == right.visual.geometry_frames.shape
+        if right.visual.geometry_frames.shape[-2:] == other.visual.geometry_frames.shape[-2:]:
+            count = len(other.visual.geometry_frames)
+            expected = torch.stack([other.visual.geometry_frames[i % count] for i in range(len(room.frames))])
+            assert torch.equal(wrong.visual.geometry_frames, expected)
         else:  # the same images in another shape
             near = torch.nn.functional.interpolate(
-                other.visual.geometry_images[:1], size=right.visual.geometry_images.shape[-2:], mode="bicubic"
+                other.visual.geometry_frames[:1].float(), size=right.visual.geometry_frames.shape[-2:], mode="bicubic"
             )
-            assert torch.corrcoef(torch.stack([near.flatten(), wrong.visual.geometry_images[0].flatten()]))[0, 1] > 0.6
-    assert shuffled(rooms[3], False).visual.geometry_images is None
+            assert (
+                torch.corrcoef(torch.stack([near.flatten(), wrong.visual.geometry_frames[0].flatten().float()]))[0, 1]
+                > 0.6
+            )
+    assert shuffled(rooms[3], False).visual.geometry_frames is None
 
 
 def test_geometry_does_not_depend_on_the_batch(
@@ -69,6 +73,6 @@ def test_geometry_does_not_depend_on_the_batch(
     shuffled = ShuffledGeometry(make_processor(frontend, config), rooms)
     together = next(iter(prompt_loader(rooms[:3], frontend, config, 3, shuffled)))
     alone = [batch for batch in prompt_loader(rooms[:3][::-1], frontend, config, 1, shuffled)][::-1]
-    images = [batch.visuals.geometry_images[0] for batch in alone]
-    assert all(torch.equal(a, b) for a, b in zip(together.visuals.geometry_images, images, strict=True))
-    assert torch.equal(together.visuals.pixel_values, torch.cat([batch.visuals.pixel_values for batch in alone]))
+    images = [batch.visuals.geometry_frames[0] for batch in alone]
+    assert all(torch.equal(a, b) for a, b in zip(together.visuals.geometry_frames, images, strict=True))
+    assert torch.equal(pixel_values(together.visuals), torch.cat([pixel_values(batch.visuals) for batch in alone]))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from encoder_inputs import geometry_images, pixel_values
 from w2r2_ds.config.schema import ObjectiveConfig
 from w2r2_ds.models.merger import pair_frames
 from w2r2_ds.objective.expected_box import expected_overlap
@@ -22,10 +23,10 @@ def visual_tokens(model: Any, batch: Any, geometry: str) -> Tensor:
     Args:
         geometry: ``none``: 2D tokens only; ``features``: with merged geometry features; ``zeros``: with merged zeros.
     """
-    tower = model.base.model.visual(batch.visuals.pixel_values, grid_thw=batch.visuals.grid_thw).pooler_output.detach()
+    tower = model.base.model.visual(pixel_values(batch.visuals), grid_thw=batch.visuals.grid_thw).pooler_output.detach()
     if geometry == "none":
         return tower
-    features = [model.geometry.encode(images) for images in batch.visuals.geometry_images]
+    features = [model.geometry.encode(images) for images in geometry_images(batch.visuals)]
     if batch.visuals.kind == "video":
         features = [pair_frames(one) for one in features]
     if geometry == "zeros":

@@ -16,13 +16,16 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import CONFIG_MAPPING
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
+from encoder_inputs import pixel_values
 from golden_files import Golden
 from objectives import objective_config
 from w2r2_ds.config.schema import RunConfig
 from w2r2_ds.convert.from_vgllm import fill, split_state, vggt_config, vgllm_name
 from w2r2_ds.data.answer_tokens import NUMBERS, TokenTables
 from w2r2_ds.data.collate import token_counts
+from w2r2_ds.models.frame_pixels import unit_range
 from w2r2_ds.models.fusion import make_fusion
 from w2r2_ds.models.loading import model_class
 from w2r2_ds.models.merger import GeometryMerger, split_cells
@@ -35,6 +38,7 @@ from w2r2_ds.objective.loss import sample_weights
 from w2r2_ds.objective.scorer import Scorer
 from w2r2_ds.training.step import W2R2Step
 from w2r2_ds.types.batch import AnswerPositions, Batch, DescriptionPositions, Layout, Visuals
+from w2r2_ds.types.vision import VisionSpec
 
 MAIN = ""
 VARIANTS = {
@@ -75,12 +79,28 @@ def batch_of(golden: Golden) -> Batch:
     ids, mask, labels = (tensors[f"in/{name}"] for name in ("input_ids", "attention_mask", "labels"))
     types = (ids == golden.record["config"]["text"]["image_token_id"]).long()
     grid = tensors["in/image_grid_thw"]
-    images = tuple(tensors[f"in/images_vggt_{index}"] for index in range(count))
+    images = [tensors[f"in/images_vggt_{index}"] for index in range(count)]
+    frames = tuple((values * 255).round().to(torch.uint8) for values in images)
+    assert all(torch.equal(unit_range(one), other) for one, other in zip(frames, images, strict=True))
     base = model_of(golden, *VARIANTS[MAIN][:2]).base
     sample, position = (labels[:, 1:] != -100).nonzero().unbind(1)
     vision = base.config.vision_config
     sizes = token_counts(grid, vision.spatial_merge_size)
     tower = WindowInputs.of(grid, vision.spatial_merge_size, vision.window_size, vision.patch_size)
+    spec = VisionSpec(
+        patch_size=vision.patch_size,
+        merge_size=vision.spatial_merge_size,
+        temporal_patch_size=vision.temporal_patch_size,
+        window_size=vision.window_size,
+        image_mean=OPENAI_CLIP_MEAN,
+        image_std=OPENAI_CLIP_STD,
+        image_token_id=base.config.image_token_id,
+        video_token_id=base.config.video_token_id,
+        vision_start_id=base.config.vision_start_token_id,
+        tokens_per_second=vision.tokens_per_second,
+    )
+    visuals = Visuals("image", grid, sizes, tower, spec, frames, frames)
+    assert torch.equal(pixel_values(visuals), tensors["in/pixel_values"]), "the recorded input of the vision tower"
     digits = torch.full((count, NUMBERS, 1), -1)
     return Batch(
         ids=tuple(map(str, range(count))),
@@ -89,7 +109,7 @@ def batch_of(golden: Golden) -> Batch:
         attention_mask=mask,
         token_types=types,
         position_ids=Qwen25VL().position_ids(base, ids, types, mask, {"image": grid}, seconds_per_grid=1.0),
-        visuals=Visuals("image", tensors["in/pixel_values"], grid, sizes, tower, images),
+        visuals=visuals,
         visual_tokens=types.flatten().nonzero().squeeze(-1),
         frame_set_of_token=types.nonzero()[:, 0],
         frame_set_of_sample=torch.arange(count),

@@ -96,8 +96,8 @@ def test_features_are_bit_equal_with_an_empty_a_filled_and_no_cache(
         assert torch.equal(batch.position_ids, plain.position_ids) and batch.visuals.sizes == plain.visuals.sizes
         assert torch.equal(batch.visuals.grid_thw, plain.visuals.grid_thw)
     # With all features cached, no frame is decoded and the batch has no pixels.
-    assert batch.visuals.geometry_images == (None,) * 3 and batch.visuals.uncached == (None,) * 3
-    assert len(batch.visuals.pixel_values) == 0
+    assert batch.visuals.geometry_frames == (None,) * 3 and batch.visuals.uncached == (None,) * 3
+    assert batch.visuals.tower_frames == ()
 
 
 def test_2d_features_are_computed_in_one_call_if_only_geometry_is_cached(
@@ -179,7 +179,7 @@ def test_only_missing_features_are_computed(
     known.store.path(known.key).unlink()
     mixed = loaded(samples, **BOTH)
     before = dict(calls)
-    assert [images is None for images in mixed.visuals.geometry_images] == [False, True, False]
+    assert [images is None for images in mixed.visuals.geometry_frames] == [False, True, False]
     assert [inputs is None for inputs in mixed.visuals.uncached] == [True, True, False]
     features = model.encode_3d(mixed.visuals), model.encode_2d(mixed.visuals).pooler_output
     assert calls["3d"] - before["3d"] == 2 and calls["2d"] - before["2d"] == 1 == num_tower_calls(mixed.visuals)
@@ -229,7 +229,7 @@ def test_dataloader_workers_read_the_cache(
         for batch in prompt_loader(samples, with_cache, config, 1):
             made[-1].append([*model.encode_3d(batch.visuals), *model.encode_2d(batch.visuals).pooler_output])
         flush_writes()
-    assert batch.visuals.geometry_images == (None,)
+    assert batch.visuals.geometry_frames == (None,)
     assert all(same(cold, warm) for cold, warm in zip(*made, strict=True))
 
 

@@ -12,6 +12,7 @@ import torch
 from torch.func import functional_call
 from torch.nn.functional import layer_norm
 
+from encoder_inputs import pixel_values
 from w2r2_ds.models.build import build_model, trainable
 from w2r2_ds.models.fusion import FUSIONS, NUM_HEADS, Fusion, make_fusion, position_embeddings
 from w2r2_ds.models.loading import load_vlm
@@ -298,7 +299,7 @@ def stock_tokens(model_config: Any, visuals: Any) -> torch.Tensor:
     vlm = load_vlm(model_config.vlm, torch.float32, "sdpa").eval()
     encode = vlm.model.get_video_features if visuals.kind == "video" else vlm.model.get_image_features
     with torch.no_grad():
-        return torch.cat(encode(visuals.pixel_values, visuals.grid_thw, return_dict=True).pooler_output)
+        return torch.cat(encode(pixel_values(visuals), visuals.grid_thw, return_dict=True).pooler_output)
 
 
 @pytest.mark.parametrize("visual", ["images", "video"])

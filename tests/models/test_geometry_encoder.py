@@ -22,6 +22,7 @@ from w2r2_ds.data.prepare.features import fill_cache
 from w2r2_ds.models import geometry_encoder
 from w2r2_ds.models.build import VlmFrontend, build_model, fingerprint, geometry_spec, load_frontend
 from w2r2_ds.models.feature_cache import geometry_identity, open_cache
+from w2r2_ds.models.frame_pixels import unit_range
 from w2r2_ds.objective.scorer import Scorer
 from w2r2_ds.training.checkpoint.compat import check_fingerprint
 from w2r2_ds.training.step import W2R2Step
@@ -66,14 +67,18 @@ def test_features_are_prepared_and_a_step_is_trained(config: Callable[..., RunCo
     cached = replace(computed, cache=open_cache(run.data, run.model))
     model = build_model(run.model, torch.device("cpu"), 0)
     batches = [batch_of(run, frontend) for frontend in (computed, cached)]
-    assert batches[1].visuals.geometry_images == (None,) * len(batches[1].visuals.cached_3d)
+    assert batches[1].visuals.geometry_frames == (None,) * len(batches[1].visuals.cached_3d)
 
     tokens = sum(batches[0].visuals.sizes)
     (height, width), (rows, columns) = (
-        batches[0].visuals.geometry_images[0].shape[2:],
+        batches[0].visuals.geometry_frames[0].shape[2:],
         batches[0].visuals.grid_thw[0, 1:],
     )
-    assert model.geometry.encode(batches[0].visuals.geometry_images[0]).shape[1:] == (height // 16, width // 16, 6)
+    assert model.geometry.encode(unit_range(batches[0].visuals.geometry_frames[0])).shape[1:] == (
+        height // 16,
+        width // 16,
+        6,
+    )
     features = [model.encode_3d(batch.visuals) for batch in batches]
     for one, other in zip(*features, strict=True):
         assert one.shape[1:] == (rows, columns, 6) and torch.equal(one, other)

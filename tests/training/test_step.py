@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.nn.functional import log_softmax
 
+from encoder_inputs import pixel_values
 from reference_passes import hand_loss, shortcut_of
 from w2r2_ds.models.build import trainable
 from w2r2_ds.models.loading import load_vlm
@@ -39,7 +40,7 @@ def stock_logits(vlm: Any, batch: Any) -> torch.Tensor:
     """Logits of the answer positions, from the stock model's ordinary forward with pixel values."""
     names = {"image": ("pixel_values", "image_grid_thw"), "video": ("pixel_values_videos", "video_grid_thw")}
     pixels, grid = names[batch.visuals.kind]
-    visuals = {pixels: batch.visuals.pixel_values, grid: batch.visuals.grid_thw}
+    visuals = {pixels: pixel_values(batch.visuals), grid: batch.visuals.grid_thw}
     if batch.visuals.kind == "video":
         visuals["second_per_grid_ts"] = torch.ones(len(batch.visuals.grid_thw))  # pairs of frames at 2 a second
     logits = vlm(

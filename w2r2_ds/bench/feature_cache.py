@@ -15,11 +15,12 @@ from torch import Tensor
 from w2r2_ds.bench.harness import Case, find_device, interleave, time_ratio
 from w2r2_ds.bench.report import BenchReport, Criterion
 from w2r2_ds.bench.shapes import PATCH, Shape, find_shapes
-from w2r2_ds.data.images import load_frame, resize_frames
+from w2r2_ds.data.images import load_resized, stack_frames
 from w2r2_ds.features.key import features_key
 from w2r2_ds.features.lookup import CacheLookup, FeatureCache, flush_writes
 from w2r2_ds.features.store import FeatureStore
 from w2r2_ds.kernels.select import resolve_dtype
+from w2r2_ds.models.frame_pixels import unit_range
 from w2r2_ds.models.vggt.encoder import VGGTEncoder
 from w2r2_ds.models.vggt.model import VGGT
 from w2r2_ds.models.w2r2 import W2R2
@@ -67,8 +68,8 @@ class FrameSet:
     lookup: FeatureCache
 
     def decode(self) -> Tensor:
-        """Decode and resize the frames: ``[frames, 3, height, width]``."""
-        return torch.from_numpy(resize_frames([load_frame(path) for path in self.paths], self.width, PATCH))
+        """Decode and resize the frames: ``[frames, 3, height, width]`` uint8."""
+        return torch.from_numpy(stack_frames([load_resized(path, self.width, PATCH) for path in self.paths]))
 
     def read(self) -> CacheLookup:
         """Look up the features, as the data loader does."""
@@ -92,7 +93,7 @@ def measure(shape: Shape, device: torch.device, rounds: int, folder: Path, repor
     encoder = build_encoder(shape, device, dtype)
     paths = write_frames(folder, shape.frames, FRAME_SIZE)
     frames = FrameSet(paths, shape.frame_size[0], FeatureCache(FeatureStore(folder / "cache", CACHE_BYTES), "bench"))
-    images = frames.decode().to(device)
+    images = unit_range(frames.decode().to(device))
     features = encoder.encode(images).cpu()
     frames.write(features)
     cases: dict[str, Case] = {
@@ -144,7 +145,7 @@ class CachedFeatures:
 
     Args:
         model: model that computes the features.
-        batch: a batch with images, not with cached features.
+        batch: a batch with frames, not with cached features.
 
     Attributes:
         visual: output of the vision tower.
@@ -152,8 +153,8 @@ class CachedFeatures:
     """
 
     def __init__(self, model: W2R2, batch: Batch) -> None:
-        (images,) = batch.visuals.geometry_images
-        assert images is not None, "the batch has images, not cached features"
+        (images,) = batch.visuals.geometry_frames
+        assert images is not None, "the batch has frames, not cached features"
         self.folder = tempfile.TemporaryDirectory()
         self.paths = write_pixels(Path(self.folder.name), images)
         self.cache = FeatureCache(FeatureStore(Path(self.folder.name) / "cache", CACHE_BYTES), "geometry", "vision")
@@ -169,11 +170,11 @@ class CachedFeatures:
 
         The features are read from disk, as the data loader does.
         """
-        visuals = replace(batch.visuals, geometry_images=(None,), cached_3d=(self.cache.find_3d(self.paths),))
+        visuals = replace(batch.visuals, geometry_frames=(None,), cached_3d=(self.cache.find_3d(self.paths),))
         if both:
             cached_2d = self.cache.find_2d(self.paths)
             assert cached_2d is not None, "the cache has an identity of the vision tower"
-            visuals = replace(visuals, cached_2d=(cached_2d,), uncached=(None,))
+            visuals = replace(visuals, tower_frames=(), cached_2d=(cached_2d,), uncached=(None,))
         return replace(batch, visuals=to_device(visuals, batch.input_ids.device))
 
 
@@ -193,5 +194,5 @@ def write_pixels(folder: Path, images: Tensor) -> tuple[Path, ...]:
     paths = []
     for index, image in enumerate(images):
         paths.append(folder / f"frame{index}.raw")
-        paths[-1].write_bytes(image.mul(255).byte().cpu().numpy().tobytes())
+        paths[-1].write_bytes(image.cpu().numpy().tobytes())
     return tuple(paths)

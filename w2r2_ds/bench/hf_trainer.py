@@ -21,6 +21,8 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from w2r2_ds.bench.harness import Lap, timed
 from w2r2_ds.bench.model import CroppedVGGT, Subject, bench_optimizer
 from w2r2_ds.bench.shapes import IGNORED
+from w2r2_ds.models.family import find_family
+from w2r2_ds.models.frame_pixels import unit_range
 from w2r2_ds.models.w2r2 import W2R2
 from w2r2_ds.types.batch import Batch
 
@@ -111,8 +113,8 @@ class BaselineModel(nn.Module):
 def stock_inputs(batch: Batch) -> dict[str, Tensor]:
     """Inputs of `BaselineModel.forward` for a batch of one sample with images; labels at the answer's tokens only."""
     assert len(batch.ids) == 1, "one pass per sample"
-    images = batch.visuals.geometry_images[0]
-    assert images is not None, "the batch has images, not cached features"
+    frames = batch.visuals.geometry_frames[0]
+    assert frames is not None, "the batch has frames, not cached features"
     labels = torch.full_like(batch.input_ids, IGNORED)
     # `answer_positions` are the positions that predict the answer; the stock loss shifts the labels itself.
     labels[0, batch.answer_positions.position + 1] = batch.answer_positions.label
@@ -120,9 +122,9 @@ def stock_inputs(batch: Batch) -> dict[str, Tensor]:
         "input_ids": batch.input_ids,
         "attention_mask": batch.attention_mask,
         "mm_token_type_ids": batch.token_types,
-        "pixel_values": batch.visuals.pixel_values,
+        "pixel_values": find_family("qwen2_5_vl").tower_pixels(batch.visuals, torch.float32),
         "image_grid_thw": batch.visuals.grid_thw,
-        "geometry_images": images,
+        "geometry_images": unit_range(frames),
         "labels": labels,
     }
 

@@ -119,10 +119,10 @@ class Subject:
         shape, vision = self.shape, self.frontend.vision
         width, height = shape.frame_size
         noise = np.random.default_rng(SEED)
-        images = noise.random((shape.frames, 3, height, width), dtype=np.float32)
-        cropped = images[:, :, : shape.grid[1] * PATCH, : shape.grid[0] * PATCH]
-        patches, grid_thw = self.frontend.family.pixel_values(np.ascontiguousarray(cropped), vision, "image")
-        dtype = resolve_dtype(shape.dtype)  # type: ignore[arg-type]
+        frames = torch.from_numpy(noise.integers(0, 256, (shape.frames, 3, height, width), dtype=np.uint8))
+        rows, columns = shape.grid[1] * PATCH, shape.grid[0] * PATCH
+        cropped = frames[:, :, :rows, :columns].contiguous()
+        grid_thw = self.frontend.family.grid_thw(shape.frames, rows, columns, vision, "image")
         features = []
         for index in range(questions):
             ids, answer = self._tokens(index)
@@ -136,7 +136,7 @@ class Subject:
                     input_ids=ids,
                     token_types=types,
                     num_answer_tokens=shape.answer_tokens,
-                    visual=VisualInputs(patches.to(dtype), grid_thw, torch.from_numpy(images)),
+                    visual=VisualInputs(cropped, grid_thw, frames),
                     what=torch.zeros(len(ids), dtype=torch.bool),
                     answer_tokens=find_answer_tokens("grounding", answer, [*offsets["offset_mapping"], end]),
                 )

@@ -12,7 +12,6 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from w2r2_ds.data.answer_labels import collate_answer_positions, collate_description_positions
-from w2r2_ds.data.images import even_crop
 from w2r2_ds.data.packing import (
     Group,
     Grouping,
@@ -24,10 +23,14 @@ from w2r2_ds.data.packing import (
 )
 from w2r2_ds.data.processor import Features
 from w2r2_ds.models.family import VlmFamily
+from w2r2_ds.models.frame_pixels import even_size
 from w2r2_ds.types.batch import Batch, Prompts, Tokens, Visuals
 from w2r2_ds.types.geometry import GeometrySpec
 from w2r2_ds.types.sample import Sample
 from w2r2_ds.types.vision import VisionSpec
+
+GRAY = 128
+"""Pixel value of the dummy."""
 
 PositionIds = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Mapping[str, torch.Tensor]], torch.Tensor]
 """(input_ids, token_types, attention_mask, patch grids by kind) -> ``[axes, sequences, length]`` int64."""
@@ -153,13 +156,13 @@ class Collator:
         inputs = [f.visual for f in with_frames]
         cached_3d = tuple(visual.cached_3d for visual in inputs if visual.cached_3d is not None)
         cached_2d = tuple(visual.cached_2d for visual in inputs if visual.cached_2d is not None)
-        # Without a cache of 2D features, the tower runs once on the patches of all frame sets. With one, it runs once
-        # per frame set that the cache lacks (`uncached`), so that each result is stored under its own key.
-        patches = torch.cat([visual.pixel_values[:0] if cached_2d else visual.pixel_values for visual in inputs])
+        # Without a cache of 2D features, the tower runs once on all frame sets. With one, it runs once per frame set
+        # that the cache lacks (`uncached`), so that each result is stored under its own key.
+        frames = [visual.tower_frames for visual in inputs if visual.tower_frames is not None and not cached_2d]
         grid_thw = torch.cat([visual.grid_thw for visual in inputs])
         visuals = dataclasses.replace(
-            tower_input(self.kind, patches, grid_thw, self.vision, self.family),
-            geometry_images=tuple(visual.geometry_images for visual in inputs),
+            tower_input(self.kind, frames, grid_thw, self.vision, self.family),
+            geometry_frames=tuple(visual.geometry_frames for visual in inputs),
             ids=tuple(f.sample.id for f in with_frames),
             cached_3d=cached_3d,
             cached_2d=cached_2d,
@@ -167,28 +170,29 @@ class Collator:
         if not cached_2d:
             return visuals
         uncached = tuple(
-            tower_input(self.kind, visual.pixel_values, visual.grid_thw, self.vision, self.family)
-            if len(visual.pixel_values)
-            else None
+            None
+            if visual.tower_frames is None
+            else tower_input(self.kind, [visual.tower_frames], visual.grid_thw, self.vision, self.family)
             for visual in inputs
         )
         return dataclasses.replace(visuals, uncached=uncached, filler=self.dummy)
 
 
 def tower_input(
-    kind: str, patches: torch.Tensor, grid_thw: torch.Tensor, vision: VisionSpec, family: VlmFamily
+    kind: str, frames: Sequence[torch.Tensor], grid_thw: torch.Tensor, vision: VisionSpec, family: VlmFamily
 ) -> Visuals:
     """`Visuals` with inputs of the vision tower only.
 
     Args:
         kind: ``"image"`` or ``"video"``.
-        patches: ``[patches, values]`` float32 pixel values.
+        frames: per frame set, ``[frames, 3, height, width]`` uint8.
         grid_thw: ``[images or videos, 3]`` int64 patch grids (time, height, width).
-        vision: patch sizes of the vision tower.
+        vision: patch sizes and normalisation of the vision tower.
         family: VLM family; computes the tower's other inputs.
     """
     sizes = token_counts(grid_thw, vision.merge_size)
-    return Visuals(kind, patches, grid_thw, sizes, family.tower_inputs(grid_thw, vision), geometry_images=())
+    tower = family.tower_inputs(grid_thw, vision)
+    return Visuals(kind, grid_thw, sizes, tower, vision, tower_frames=tuple(frames), geometry_frames=())
 
 
 def dummy_visuals(kind: str, vision: VisionSpec, geometry: GeometrySpec, family: VlmFamily) -> Visuals:
@@ -199,10 +203,11 @@ def dummy_visuals(kind: str, vision: VisionSpec, geometry: GeometrySpec, family:
     frames = vision.temporal_patch_size if kind == "video" else 1
     min_side = 2 * vision.merge_size * vision.patch_size
     side = math.ceil(min_side / geometry.patch_size) * geometry.patch_size
-    image = np.full((frames, 3, side, side), 0.5, dtype=np.float32)
-    cropped = even_crop(image, vision.patch_size, vision.merge_size)
-    visuals = tower_input(kind, *family.pixel_values(cropped, vision, kind), vision, family)
-    return dataclasses.replace(visuals, geometry_images=(torch.from_numpy(image),), dummy=True)
+    image = torch.full((frames, 3, side, side), GRAY, dtype=torch.uint8)
+    even_side, _ = even_size(side, side, vision.patch_size, vision.merge_size)
+    grid_thw = family.grid_thw(frames, even_side, even_side, vision, kind)
+    visuals = tower_input(kind, [image], grid_thw, vision, family)
+    return dataclasses.replace(visuals, geometry_frames=(image,), dummy=True)
 
 
 def token_counts(grid_thw: torch.Tensor, merge_size: int) -> tuple[int, ...]:

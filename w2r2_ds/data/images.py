@@ -1,8 +1,8 @@
-"""Load frames, resize them to whole patches, and crop them to the token grid of the VLM; with PIL and NumPy.
+"""Load frames and resize them to whole patches, with PIL and NumPy.
 
 A frame is resized once, for the geometry encoder; the vision tower of the VLM gets a crop of the same pixels. Resizing
 follows VGGT's ``load_and_preprocess_images`` and gives bitwise identical pixels. `visual_inputs.py` calls these
-functions for a sample; ``models/<family>/pixels.py`` normalises the crop and cuts it into patches.
+functions for a sample. Frames stay ``uint8`` until they are on the device (``models/frame_pixels.py``).
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def resize_frames(images: Sequence[np.ndarray], width: int, patch: int, mode: st
             pads the other side with white to a square.
 
     Returns:
-        ``float32 [N, 3, H, W]`` in [0, 1]; H and W are multiples of `patch`. See `stack_frames`.
+        ``uint8 [N, 3, H, W]``; H and W are multiples of `patch`. See `stack_frames`.
 
     Raises:
         ValueError: there are no frames, a frame has another shape or dtype or is too narrow, or width or mode is
@@ -139,7 +139,7 @@ def resize_frames(images: Sequence[np.ndarray], width: int, patch: int, mode: st
 
 
 def stack_frames(frames: Sequence[np.ndarray]) -> np.ndarray:
-    """Stack resized frames ``uint8 [H, W, 3]``: ``float32 [N, 3, H, W]`` in [0, 1].
+    """Stack resized frames ``uint8 [H, W, 3]``: ``uint8 [N, 3, H, W]``.
 
     Frames that differ in size are padded with white, centred, to the largest height and width.
 
@@ -149,8 +149,10 @@ def stack_frames(frames: Sequence[np.ndarray]) -> np.ndarray:
     if len(frames) == 0:
         raise ValueError("No frames were given; a sample needs at least one.")
     height, width = (max(frame.shape[axis] for frame in frames) for axis in (0, 1))
-    pixels = np.stack([_pad(frame, height, width) for frame in frames]).transpose(0, 3, 1, 2)
-    return np.ascontiguousarray(pixels, dtype=np.float32) / np.float32(255)
+    stacked = np.empty((len(frames), 3, height, width), dtype=np.uint8)
+    for index, frame in enumerate(frames):
+        stacked[index] = _pad(frame, height, width).transpose(2, 0, 1)
+    return stacked
 
 
 def _fit(image: Image.Image, target: int, patch: int, mode: str) -> np.ndarray:
@@ -215,39 +217,13 @@ def _to_patches(length: float, patch: int) -> int:
 def _pad(frame: np.ndarray, height: int, width: int) -> np.ndarray:
     """Pad ``uint8 [h, w, 3]`` with white, centred, to `height` x `width`; an odd pixel goes to the bottom or right."""
     missing = (height - frame.shape[0], width - frame.shape[1])
+    if missing == (0, 0):
+        return frame
     widths = [(count // 2, count - count // 2) for count in missing]
     return np.pad(frame, (*widths, (0, 0)), constant_values=WHITE)
 
 
-def even_crop(images: np.ndarray, patch: int = 14, merge: int = 2) -> np.ndarray:
-    """Crop ``[N, 3, H, W]`` at bottom and right to multiples of ``patch * merge``, so that patches can be merged.
-
-    Args:
-        images: frames.
-        patch: side in pixels of the vision tower's patches.
-        merge: patches per side that become one token.
-
-    Raises:
-        ValueError: a frame is smaller than one merged patch.
-    """
-    height, width = even_size(images.shape[-2], images.shape[-1], patch, merge)
-    return images[..., :height, :width]
-
-
-def even_size(height: int, width: int, patch: int = 14, merge: int = 2) -> tuple[int, int]:
-    """``(height, width)`` in pixels after `even_crop`; raises the same error."""
-    step = patch * merge
-    if height < step or width < step:
-        raise ValueError(
-            f"Frames of {width} x {height} pixels are smaller than one merged patch of {step} x {step}; raise "
-            "data.frame_width."
-        )
-    return height // step * step, width // step * step
-
-
 def input_bytes(frames: Sequence[Path], config: DataConfig) -> int:
-    """Bytes of a sample's frames as float32 inputs of both encoders; all frames are counted as large as the first."""
+    """Bytes of a sample's resized frames, which both encoders share; all are counted as large as the first."""
     width, height = fitted_size([frame_size(frames[0])], config.frame_width, 1, config.frame_fit)
-    # The vision tower gets every image twice (repeated in time), and the frames of a video in pairs.
-    tower_frames = 2 * len(frames) if config.visual == "images" else len(frames) + len(frames) % 2
-    return (len(frames) + tower_frames) * 3 * width * height * 4
+    return len(frames) * 3 * width * height

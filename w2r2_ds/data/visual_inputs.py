@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 
 from w2r2_ds.config.schema import DataConfig
-from w2r2_ds.data.images import even_crop, even_size, fitted_size, frame_size, load_resized, lost_height, stack_frames
+from w2r2_ds.data.images import fitted_size, frame_size, load_resized, lost_height, stack_frames
 from w2r2_ds.features.lookup import CacheLookup, FeatureCache
 from w2r2_ds.models.family import VlmFamily
+from w2r2_ds.models.frame_pixels import even_size
 from w2r2_ds.types.geometry import GeometrySpec
 from w2r2_ds.types.sample import Sample
 from w2r2_ds.types.vision import VisionSpec
@@ -19,21 +20,21 @@ from w2r2_ds.types.vision import VisionSpec
 
 @dataclass(frozen=True)
 class VisualInputs:
-    """Inputs of the vision tower and the geometry encoder for one sample, or their cached features.
+    """Frames of one sample for the vision tower and the geometry encoder, or their cached features.
 
     Attributes:
-        pixel_values: ``[patches, channels * time * patch * patch]`` float32, the vision tower's input; no patches
-            without frames, or if `cached_2d` has its output.
+        tower_frames: ``[frames, 3, height, width]`` uint8, the vision tower's input, not cropped to the VLM's token
+            grid; None without frames, or if `cached_2d` has the tower's output.
         grid_thw: ``[images or videos, 3]`` int64 patch grids (time, height, width), also with cached features.
-        geometry_images: ``[frames, 3, height, width]`` float32 in [0, 1], the geometry encoder's input, not cropped to
-            the VLM's token grid; None without frames, or if `cached_3d` has its output.
+        geometry_frames: the geometry encoder's input; the same tensor as `tower_frames`, except in experiments. None
+            without frames, or if `cached_3d` has the encoder's output.
         cached_2d: cache lookup of the vision tower's output; None without a cache of 2D features.
         cached_3d: cache lookup of the geometry features; None without a cache.
     """
 
-    pixel_values: torch.Tensor
+    tower_frames: torch.Tensor | None
     grid_thw: torch.Tensor
-    geometry_images: torch.Tensor | None
+    geometry_frames: torch.Tensor | None
     cached_2d: CacheLookup | None = None
     cached_3d: CacheLookup | None = None
 
@@ -46,8 +47,8 @@ class VisualPreprocessor:
     """Preprocess a sample's frames for the vision tower and the geometry encoder.
 
     Args:
-        family: VLM family; computes the pixel values of its vision tower.
-        vision: patch sizes and normalisation of the VLM.
+        family: VLM family; computes the patch grids of its vision tower.
+        vision: patch sizes of the VLM.
         geometry: patch size of the geometry encoder.
         config: frame size, and whether frames are images or a video.
         cache: feature cache; None if all features are computed.
@@ -90,36 +91,33 @@ class VisualPreprocessor:
         Raises:
             ValueError: a frame cannot be read, or is too small.
         """
-        vision = self.vision
-        no_patches = torch.zeros(0, 3 * vision.temporal_patch_size * vision.patch_size**2)
         if not sample.frames:
-            return VisualInputs(no_patches, torch.zeros(0, 3, dtype=torch.int64), None)
+            return VisualInputs(None, torch.zeros(0, 3, dtype=torch.int64), None)
         cached_2d = self.cache.find_2d(sample.frames) if self.cache else None
         cached_3d = self.cache.find_3d(sample.frames) if self.cache else None
         missing = [lookup for lookup in (cached_2d, cached_3d) if lookup is None or lookup.features is None]
-        if not missing:
-            return VisualInputs(no_patches, self._grid(sample), None, cached_2d, cached_3d)
-        images = stack_frames([load_resized(path, *self.fit) for path in sample.frames])
+        if not missing:  # the pixels are not decoded
+            _, tower_size = self.sizes(sample.frames)
+            return VisualInputs(None, self._grid(sample, tower_size), None, cached_2d, cached_3d)
+        frames = torch.from_numpy(stack_frames([load_resized(path, *self.fit) for path in sample.frames]))
         # The key hashes the frame files, which are read again here. If one was replaced in between, its features would
         # be stored under the old key: start again.
         if any(lookup is not None and not lookup.matches(sample.frames) for lookup in missing):
             return self.compute(sample)
-        geometry_images = torch.from_numpy(images) if cached_3d is None or cached_3d.features is None else None
-        if cached_2d is not None and cached_2d.features is not None:
-            return VisualInputs(no_patches, self._grid(sample), geometry_images, cached_2d, cached_3d)
-        self._tower_size(sample.frames, images.shape[3], images.shape[2])
-        cropped = even_crop(images, patch=vision.patch_size, merge=vision.merge_size)
-        kind = "video" if self.config.visual == "video" else "image"
-        return VisualInputs(*self.family.pixel_values(cropped, vision, kind), geometry_images, cached_2d, cached_3d)
+        tower_size = self._tower_size(sample.frames, frames.shape[3], frames.shape[2])
+        return VisualInputs(
+            tower_frames=frames if cached_2d is None or cached_2d.features is None else None,
+            grid_thw=self._grid(sample, tower_size),
+            geometry_frames=frames if cached_3d is None or cached_3d.features is None else None,
+            cached_2d=cached_2d,
+            cached_3d=cached_3d,
+        )
 
-    def _grid(self, sample: Sample) -> torch.Tensor:
-        """`VisualInputs.grid_thw` from the headers of the frame files; their pixels are not decoded."""
-        _, (width, height) = self.sizes(sample.frames)
-        rows, columns = height // self.vision.patch_size, width // self.vision.patch_size
-        count = len(sample.frames)
-        if self.config.visual == "video":
-            return torch.tensor([[-(-count // self.vision.temporal_patch_size), rows, columns]])
-        return torch.tensor([[1, rows, columns]] * count)
+    def _grid(self, sample: Sample, tower_size: tuple[int, int]) -> torch.Tensor:
+        """`VisualInputs.grid_thw` of a sample; `tower_size` is the width and height in pixels of the tower's crop."""
+        width, height = tower_size
+        kind = "video" if self.config.visual == "video" else "image"
+        return self.family.grid_thw(len(sample.frames), height, width, self.vision, kind)
 
     def sizes(
         self, frames: Sequence[Path], sizes: Sequence[tuple[int, int]] | None = None

@@ -48,10 +48,10 @@ def pair_scenes(scenes: Sequence[str], seed: int = PAIRING_SEED) -> dict[str, st
 
 
 class ShuffledGeometry:
-    """A processor that replaces the geometry images of a sample by those of another scene.
+    """A processor that replaces the geometry encoder's frames of a sample by those of another scene.
 
     The frames are those of the other scene's first sample in the data set, truncated or repeated from the start to the
-    sample's number of frames. Each is resized to the size of the sample's own geometry images.
+    sample's number of frames. Each is resized to the size of the sample's own frames.
 
     Args:
         processor: (sample, whether to include its answer) -> features; must have no feature cache.
@@ -71,20 +71,20 @@ class ShuffledGeometry:
         self.partner = pair_scenes(list(self.first_samples))
 
     def __call__(self, sample: Sample, with_answer: bool) -> Features:
-        """Features of one sample with replaced geometry images; samples without frames are unchanged."""
+        """Features of one sample with another scene's `geometry_frames`; samples without frames are unchanged."""
         features = self.processor(sample, with_answer)
         inputs = features.visual
-        # Cached geometry features would be used instead of the replaced images.
+        # Cached geometry features would be used instead of the replaced frames.
         assert inputs.cached_3d is None, "the processor has no feature cache"
-        if inputs.geometry_images is None:
+        if inputs.geometry_frames is None:
             return features
         frames = self.donor(sample.scene_id).frames
         chosen = [frames[index % len(frames)] for index in range(len(sample.frames))]
-        height, width = inputs.geometry_images.shape[-2:]
+        height, width = inputs.geometry_frames.shape[-2:]
         pixels = {path: _resized(path, height, width) for path in dict.fromkeys(chosen)}  # each file is decoded once
         images = np.stack([pixels[path] for path in chosen])  # [frames, 3, height, width]
         return dataclasses.replace(
-            features, visual=dataclasses.replace(inputs, geometry_images=torch.from_numpy(images))
+            features, visual=dataclasses.replace(inputs, geometry_frames=torch.from_numpy(images))
         )
 
     def donor(self, scene_id: str) -> Sample:
@@ -93,6 +93,6 @@ class ShuffledGeometry:
 
 
 def _resized(path: Path, height: int, width: int) -> np.ndarray:
-    """Read and resize a frame: float32 ``[3, height, width]`` in [0, 1]."""
+    """Read and resize a frame: uint8 ``[3, height, width]``."""
     image = Image.fromarray(load_frame(path)).resize((width, height), Image.Resampling.BICUBIC)
-    return np.asarray(image).transpose(2, 0, 1).astype(np.float32) / np.float32(255)
+    return np.asarray(image).transpose(2, 0, 1)

@@ -12,12 +12,12 @@ from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling as VisionOutput
 
 from w2r2_ds.models.flops import Work, attention, products
+from w2r2_ds.models.frame_pixels import even_crop
 from w2r2_ds.models.patch_embedding import use_matrix_products
 from w2r2_ds.types.batch import Batch, Prompts, TowerInputs, Visuals
 from w2r2_ds.types.vision import TowerSizes, VisionSpec
@@ -95,21 +95,46 @@ class VlmFamily(ABC):
             ValueError: a field is missing, or the two files differ in a size.
         """
 
-    @abstractmethod
-    def pixel_values(self, images: np.ndarray, vision: VisionSpec, kind: str) -> tuple[Tensor, Tensor]:
-        """Cut frames into normalised patches, in the order that the vision tower expects; on the CPU.
+    def grid_thw(self, frames: int, height: int, width: int, vision: VisionSpec, kind: str) -> Tensor:
+        """Patch grids of a frame set, ``[images or 1, 3]`` int64 (time, height, width); on the CPU.
 
         Args:
-            images: ``[frames, 3, height, width]`` float32 in [0, 1]; sides are multiples of patch_size * merge_size.
+            frames: number of frames.
+            height, width: sides in pixels, multiples of patch_size * merge_size.
+            vision: patch sizes.
+            kind: ``"image"`` for one image per frame, ``"video"`` for one video of all frames.
+        """
+        rows, columns = height // vision.patch_size, width // vision.patch_size
+        if kind == "video":
+            return torch.tensor([[-(-frames // vision.temporal_patch_size), rows, columns]])
+        return torch.tensor([[1, rows, columns]] * frames)
+
+    @abstractmethod
+    def pixel_values(self, frames: Tensor, vision: VisionSpec, kind: str) -> Tensor:
+        """Cut a frame set into normalised patches, in the order that the vision tower expects; on the frames' device.
+
+        It runs on the GPU in every step: an operator that makes the host wait, such as a copy of constants from the
+        host, costs time (``models/frame_pixels.py`` has such arithmetic without one).
+
+        Args:
+            frames: ``[frames, 3, height, width]`` uint8; sides are multiples of patch_size * merge_size.
             vision: sizes and normalisation.
             kind: ``"image"`` for one image per frame, ``"video"`` for one video of all frames.
 
         Returns:
-            ``[patches, values]`` float32 and ``[images or 1, 3]`` int64 patch grids (time, height, width).
+            ``[patches, values]`` float32, in the order of `grid_thw`.
 
         Raises:
-            ValueError: `images` has another shape, or sides that are not such multiples.
+            ValueError: `frames` has another shape or dtype, or sides that are not such multiples.
         """
+
+    def tower_pixels(self, visuals: Visuals, dtype: torch.dtype) -> Tensor:
+        """Pixel values of all frame sets in `visuals.tower_frames`, ``[patches, values]`` in `dtype`."""
+        vision, values = visuals.vision, []
+        for frames in visuals.tower_frames:  # one by one: float32 values exist for one frame set at a time
+            cropped = even_crop(frames, vision.patch_size, vision.merge_size)
+            values.append(self.pixel_values(cropped, vision, visuals.kind).to(dtype))
+        return values[0] if len(values) == 1 else torch.cat(values)
 
     @abstractmethod
     def tower_inputs(self, grid_thw: Tensor, vision: VisionSpec) -> TowerInputs:

@@ -64,8 +64,8 @@ class GeometryEncoder(ABC):
         """Features of the frames of one scene, without gradient.
 
         Args:
-            images: ``[frames, 3, height, width]`` floating in [0, 1], in order; any device. Height and width are
-                multiples of the patch size.
+            images: ``[frames, 3, height, width]`` float32 in [0, 1], in order, made from the batch's uint8 frames on
+                the same device. Height and width are multiples of the patch size.
 
         Returns:
             ``[frames, height / patch_size, width / patch_size, feature_dim]`` on the device of the weights. Several

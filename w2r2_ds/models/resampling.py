@@ -12,8 +12,8 @@ def resample_to_patches(features: Tensor, geometry_patch: int, tower_patch: int,
 
     Both grids begin at the upper left pixel of the resized frame. The geometry grid covers the whole frame, ``h *
     geometry_patch`` by ``w * geometry_patch`` pixels. The tower's grid covers the crop of the frame that is the tower's
-    input: as many cells of `merge_size` by `merge_size` patches as fit (`data.images.even_crop`). A feature lies at the
-    centre of its patch, so row i of the tower is row ``(i + 1/2) * tower_patch / geometry_patch - 1/2`` of the
+    input: as many cells of `merge_size` by `merge_size` patches as fit (`frame_pixels.even_crop`). A feature lies at
+    the centre of its patch, so row i of the tower is row ``(i + 1/2) * tower_patch / geometry_patch - 1/2`` of the
     features. Beyond the centres of the outer features, the value of the outer feature is used.
 
     Args:

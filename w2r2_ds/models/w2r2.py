@@ -15,6 +15,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling as VisionOu
 from w2r2_ds.kernels.dual_stream_embed import dual_stream_embed
 from w2r2_ds.kernels.select import TORCH_KERNELS, Kernels, backend_of
 from w2r2_ds.models.family import VlmFamily, find_family
+from w2r2_ds.models.frame_pixels import unit_range
 from w2r2_ds.models.fusion import Fusion
 from w2r2_ds.models.geometry_encoder import GeometryEncoder
 from w2r2_ds.models.merger import GeometryMerger, pair_frames
@@ -99,7 +100,7 @@ class W2R2(nn.Module):
             features, calls = [], 0
             for cached, inputs in zip(visuals.cached_2d, visuals.uncached, strict=True):
                 if cached.features is None:
-                    assert inputs is not None, "the collator keeps the patches of uncached samples"
+                    assert inputs is not None, "the collator keeps the frames of uncached samples"
                     features.append(self.family.to_cache(self.family.encode_visuals(self.base, inputs)))
                     cached.write_async(features[-1])
                     calls += 1
@@ -120,14 +121,14 @@ class W2R2(nn.Module):
         and columns at the bottom and the right, which the merger crops.
         """
         features = []
-        cached_3d = visuals.cached_3d or (None,) * len(visuals.geometry_images)
+        cached_3d = visuals.cached_3d or (None,) * len(visuals.geometry_frames)
         # One call per frame set: the encoder attends over all frames of a call, which must belong to one scene.
-        for cached, images in zip(cached_3d, visuals.geometry_images, strict=True):
+        for cached, frames in zip(cached_3d, visuals.geometry_frames, strict=True):
             if cached is not None and cached.features is not None:
                 features.append(cached.features)
                 continue
-            assert images is not None, "the collator keeps the images of uncached samples"
-            features.append(self.geometry.encode(images))
+            assert frames is not None, "the collator keeps the frames of uncached samples"
+            features.append(self.geometry.encode(unit_range(frames)))
             if cached is not None:
                 cached.write_async(features[-1])
         # A temporal patch of a video covers two frames, a geometry feature one frame.

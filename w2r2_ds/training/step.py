@@ -220,7 +220,7 @@ def geometry_norm(vision_output: VisionOutput, merged: Tensor, batch: Batch) -> 
     """
     if batch.visuals.dummy:
         return merged.new_zeros(len(batch.ids))
-    sets = len(batch.visuals.geometry_images)
+    sets = len(batch.visuals.geometry_frames)
     # Sum the squares of all tokens of a frame set; `frame_set_of_token` is the set's index for each visual token.
     squares = [
         torch.zeros(sets, device=merged.device).index_add(0, batch.frame_set_of_token, tokens.float().square().sum(-1))

@@ -135,5 +135,5 @@ def merger_flops(model: W2R2, visuals: Visuals, stop_gradient: bool) -> float:
 
 def geometry_flops(encoder: GeometryEncoder, visuals: Visuals) -> float:
     """Forward FLOPs of the geometry encoder on the frame sets that are not cached."""
-    shapes = (images.shape for images in visuals.geometry_images if images is not None)
+    shapes = (frames.shape for frames in visuals.geometry_frames if frames is not None)
     return sum(encoder.flops(frames, height, width) for frames, _, height, width in shapes)

@@ -11,6 +11,7 @@ import torch
 
 from w2r2_ds.features.lookup import CacheLookup
 from w2r2_ds.types.sample import Kind
+from w2r2_ds.types.vision import VisionSpec
 
 T = TypeVar("T")
 
@@ -34,13 +35,14 @@ class Visuals:
 
     Attributes:
         kind: ``"image"`` or ``"video"``.
-        pixel_values: ``[patches, values]`` float32; ``[0, values]`` with a cache of 2D features, where `uncached` has
-            the patches.
         grid_thw: ``[images or videos, 3]`` int64 patch grids (time, height, width).
         sizes: number of tokens of every image, or of every temporal patch of a video, in order.
         tower: inputs of the vision tower that are derived from `grid_thw`.
-        geometry_images: per frame set, ``[frames, 3, height, width]`` float32 in [0, 1]; None if `cached_3d` has the
-            set's features.
+        vision: patch sizes and normalisation of the vision tower.
+        tower_frames: per frame set, ``[frames, 3, height, width]`` uint8, not cropped to whole tokens; empty with a
+            cache of 2D features, where `uncached` has them. The frames become float pixel values on the device.
+        geometry_frames: per frame set, the frames for the geometry encoder, usually the same tensors as `tower_frames`;
+            None if `cached_3d` has the set's features.
         ids: per frame set, the id of its (first) sample.
         dummy: True for the dummy, a gray image or short video whose tokens are in no sequence.
         cached_3d: per frame set, the cache lookup of its geometry features; empty without a cache.
@@ -52,11 +54,12 @@ class Visuals:
     """
 
     kind: str
-    pixel_values: torch.Tensor
     grid_thw: torch.Tensor
     sizes: tuple[int, ...]
     tower: TowerInputs
-    geometry_images: tuple[torch.Tensor | None, ...]
+    vision: VisionSpec
+    tower_frames: tuple[torch.Tensor, ...]
+    geometry_frames: tuple[torch.Tensor | None, ...]
     ids: tuple[str, ...] = ()
     dummy: bool = False
     cached_3d: tuple[CacheLookup, ...] = ()
@@ -147,7 +150,7 @@ class Batch:
 
     def pin_memory(self) -> Batch:
         """The batch in pinned memory; the DataLoader calls this method with ``pin_memory=True``."""
-        return _map_tensors(self, torch.Tensor.pin_memory)
+        return map_tensors(self, torch.Tensor.pin_memory)
 
     @property
     def answer_positions(self) -> AnswerPositions:
@@ -164,19 +167,30 @@ class Batch:
 
 def to_device(value: T, device: torch.device) -> T:
     """A batch, or a part of it, on `device`; copies from pinned memory are asynchronous."""
-    return _map_tensors(value, lambda tensor: tensor.to(device, non_blocking=True))
+    return map_tensors(value, lambda tensor: tensor.to(device, non_blocking=True))
 
 
-def _map_tensors(value: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """Apply `function` to every tensor of nested dataclasses and tuples; other values stay as they are."""
-    if isinstance(value, torch.Tensor):
-        return function(value)
-    if isinstance(value, tuple):
-        return tuple(_map_tensors(item, function) for item in value)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        names = [field.name for field in dataclasses.fields(value)]
-        return type(value)(**{name: _map_tensors(getattr(value, name), function) for name in names})
-    return value
+def map_tensors(value: T, function: Callable[[torch.Tensor], torch.Tensor]) -> T:
+    """Apply `function` to every tensor of nested dataclasses and tuples; other values stay as they are.
+
+    It is called once for a tensor object that occurs several times, such as the frames that both encoders share.
+    """
+    results: dict[int, torch.Tensor] = {}
+
+    def apply(part: Any) -> Any:
+        if isinstance(part, torch.Tensor):
+            if id(part) not in results:
+                results[id(part)] = function(part)
+            return results[id(part)]
+        if isinstance(part, tuple):
+            return tuple(apply(item) for item in part)
+        if dataclasses.is_dataclass(part) and not isinstance(part, type):
+            names = [field.name for field in dataclasses.fields(part)]
+            return type(part)(**{name: apply(getattr(part, name)) for name in names})
+        return part
+
+    result: T = apply(value)
+    return result
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,7 @@ def test_prepared_features_equal_those_of_training(
                 make_collate(each, run.data, False)([make_processor(each, run.data)(sample, True)]).visuals
                 for each in (with_cache, frontend)
             )
-            assert cached.geometry_images == (None,) and cached.uncached == (None,)
+            assert cached.geometry_frames == (None,) and cached.uncached == (None,)
             for one, other in zip(model.encode_3d(cached), model.encode_3d(computed), strict=True):
                 assert torch.equal(one, other)
             both = [torch.cat(model.encode_2d(each).pooler_output) for each in (cached, computed)]

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from w2r2_ds.data.collate import token_counts
+from encoder_inputs import pixel_values
+from w2r2_ds.data.collate import token_counts, tower_input
 from w2r2_ds.models.family import find_family
 from w2r2_ds.models.loading import load_vision_spec
 from w2r2_ds.models.qwen2_5_vl.vision_inputs import WindowInputs
@@ -23,14 +24,20 @@ def inputs(vlm: Any, grid: torch.Tensor) -> WindowInputs:
 
 @pytest.mark.parametrize("kind", GRIDS)
 def test_tokens_equal_those_of_the_stock_call(vlm: Any, kind: str) -> None:
-    grid = torch.tensor(GRIDS[kind])
-    merge = vlm.config.vision_config.spatial_merge_size
-    width = vlm.model.visual.patch_embed.proj.weight[0].numel()
-    pixels = torch.randn(int(grid.prod(-1).sum()), width, generator=torch.Generator().manual_seed(0))
-    sizes = token_counts(grid, merge)
-    visuals = SimpleNamespace(pixel_values=pixels, grid_thw=grid, sizes=sizes, tower=inputs(vlm, grid))
+    grid, vision = torch.tensor(GRIDS[kind]), load_vision_spec(vlm.config.name_or_path)
+    noise = torch.Generator().manual_seed(0)
+    times = [time * vision.temporal_patch_size if kind == "video" else time for time, _, _ in GRIDS[kind]]
+    # One frame set per grid, each with an odd row of patches that is cropped.
+    frames = [
+        torch.randint(256, (time, 3, (rows + 1) * 14, columns * 14), dtype=torch.uint8, generator=noise)
+        for time, (_, rows, columns) in zip(times, GRIDS[kind], strict=True)
+    ]
+    family = find_family("qwen2_5_vl")
+    visuals = tower_input(kind, frames, grid, vision, family)
+    sizes, pixels = token_counts(grid, vision.merge_size), pixel_values(visuals)
+    assert len(pixels) == int(grid.prod(-1).sum()) and visuals.sizes == sizes
     with torch.no_grad():
-        ours = find_family("qwen2_5_vl").encode_visuals(vlm, visuals).pooler_output
+        ours = family.encode_visuals(vlm, visuals).pooler_output
         stock = vlm.model.get_video_features if kind == "video" else vlm.model.get_image_features
         theirs = torch.cat(stock(pixels, grid, return_dict=True).pooler_output)
     assert tuple(map(len, ours)) == sizes and len(sizes) == int(grid[:, 0].sum())

@@ -27,6 +27,7 @@ from w2r2_ds.kernels.select import describe_attention, resolve_attention, resolv
 from w2r2_ds.models.build import geometry_spec, load_geometry
 from w2r2_ds.models.family import find_family
 from w2r2_ds.models.feature_cache import open_cache
+from w2r2_ds.models.frame_pixels import unit_range
 from w2r2_ds.models.loading import load_model_config, load_vision_spec, load_vlm
 from w2r2_ds.types.batch import to_device
 from w2r2_ds.types.geometry import GeometrySpec
@@ -240,13 +241,13 @@ def encode_all(
     label = "features" + (f", rank 0 of {ranks.world_size}" if ranks.world_size > 1 else "")
     with progress(label, len(samples), ranks.rank > 0) as advance, torch.no_grad():
         for inputs in loader:
-            # The images are present only if the features were missing when the loader worker searched the cache.
-            if inputs.cached_3d is not None and inputs.geometry_images is not None:
-                inputs.cached_3d.write_async(geometry.encode(inputs.geometry_images))
+            # The frames are present only if the features were missing when the loader worker searched the cache.
+            if inputs.cached_3d is not None and inputs.geometry_frames is not None:
+                inputs.cached_3d.write_async(geometry.encode(unit_range(inputs.geometry_frames.to(device))))
                 keys.append(inputs.cached_3d.key)
-            if inputs.cached_2d is not None and len(inputs.pixel_values):
+            if inputs.cached_2d is not None and inputs.tower_frames is not None:
                 visuals = to_device(
-                    tower_input(kind, inputs.pixel_values, inputs.grid_thw, preprocess.vision, family), device
+                    tower_input(kind, [inputs.tower_frames], inputs.grid_thw, preprocess.vision, family), device
                 )
                 inputs.cached_2d.write_async(family.to_cache(family.encode_visuals(vlm, visuals)))
                 keys.append(inputs.cached_2d.key)

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling as VisionOutput
@@ -63,17 +62,9 @@ class Qwen25VL(VlmFamily):
             tokens_per_second=int(vision.tokens_per_second),
         )
 
-    def pixel_values(self, images: np.ndarray, vision: VisionSpec, kind: str) -> tuple[Tensor, Tensor]:
-        patches, grid_thw = patchify(
-            images,
-            vision.patch_size,
-            vision.temporal_patch_size,
-            vision.merge_size,
-            vision.image_mean,
-            vision.image_std,
-            as_video=kind == "video",
-        )
-        return torch.from_numpy(patches), torch.from_numpy(grid_thw)
+    def pixel_values(self, frames: Tensor, vision: VisionSpec, kind: str) -> Tensor:
+        sizes = vision.patch_size, vision.temporal_patch_size, vision.merge_size
+        return patchify(frames, *sizes, vision.image_mean, vision.image_std, as_video=kind == "video")
 
     def tower_inputs(self, grid_thw: Tensor, vision: VisionSpec) -> WindowInputs:
         return WindowInputs.of(grid_thw, vision.merge_size, vision.window_size, vision.patch_size)
@@ -122,7 +113,7 @@ class Qwen25VL(VlmFamily):
         tower = self.vision_tower(vlm)
         assert isinstance(visuals.tower, WindowInputs), "the collator calls `tower_inputs` of this family"
         inputs = visuals.tower.arguments(tower.config)
-        output = tower(visuals.pixel_values.type(tower.dtype), grid_thw=visuals.grid_thw, return_dict=True, **inputs)
+        output = tower(self.tower_pixels(visuals, tower.dtype), grid_thw=visuals.grid_thw, return_dict=True, **inputs)
         output.pooler_output = torch.split(output.pooler_output, list(visuals.sizes))
         return output
 
