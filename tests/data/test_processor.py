@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from w2r2_ds.data.images import input_bytes
+from w2r2_ds.data import visual_inputs
+from w2r2_ds.data.images import input_bytes, load_resized
 from w2r2_ds.data.loader import make_processor
 from w2r2_ds.data.processor import IMAGE, VIDEO, Processor, SequenceTooLong
 from w2r2_ds.demo.tiny_models import CHAT_TEMPLATE
@@ -203,6 +205,45 @@ def test_padded_frames_are_square(
     with pytest.raises(SequenceTooLong) as caught:  # the length that follows from the header
         processor.check(sample, [size] * 2, with_answer=False)
     assert caught.value.tokens == len(features.input_ids)
+
+
+@pytest.mark.parametrize("threads", [1, 3, 16])
+def test_frames_are_decoded_on_threads_in_order(
+    frontend: Any, data_config: Any, samples: list[Any], monkeypatch: pytest.MonkeyPatch, threads: int
+) -> None:
+    sample = samples[2]
+    assert len(sample.frames) == 12
+    expected = np.stack([load_resized(path, 56, 14) for path in sample.frames]).transpose(0, 3, 1, 2)
+    running: list[int] = []
+    lock, reached = threading.Lock(), threading.Barrier(min(threads, 12))
+
+    def load(path: Path, *fit: Any) -> np.ndarray:
+        with lock:
+            running.append(threading.get_ident())
+        if len(running) <= reached.parties:
+            reached.wait(60)  # until all threads have a frame
+        return load_resized(path, *fit)
+
+    monkeypatch.setattr(visual_inputs, "load_resized", load)
+    inputs = make_processor(frontend, data_config(decode_threads=threads))(sample, with_answer=True).visual
+    np.testing.assert_array_equal(inputs.tower_frames.numpy(), expected)
+    assert len(set(running)) == min(threads, 12)
+
+
+def test_the_first_of_several_bad_frames_is_named(
+    frontend: Any, data_config: Any, samples: list[Any], tmp_path: Path
+) -> None:
+    bad = [tmp_path / f"{index}.jpg" for index in range(8)]
+    processor = make_processor(frontend, data_config(decode_threads=4))
+    with pytest.raises(ValueError, match=str(bad[0])):
+        processor(replace(samples[0], frames=(*samples[0].frames, *bad)), with_answer=True)
+
+
+def test_by_default_workers_share_the_cores(frontend: Any, data_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(12)))
+    for workers, threads in ((0, 12), (4, 3), (100, 1)):
+        assert make_processor(frontend, data_config(workers=workers)).preprocess.threads == threads
+    assert make_processor(frontend, data_config(workers=4, decode_threads=7)).preprocess.threads == 7
 
 
 class Tokenizer:

@@ -9,7 +9,7 @@ import pytest
 
 from w2r2_ds.utils import plugins
 from w2r2_ds.utils.distributed import RankInfo
-from w2r2_ds.utils.parallel import run_all, set_num_threads
+from w2r2_ds.utils.parallel import run_all, set_num_threads, threads_per_worker
 
 
 def test_worker_processes_import_the_plugins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -32,3 +32,11 @@ def test_cores_are_divided_unless_omp_num_threads_is_set(monkeypatch: pytest.Mon
     set_num_threads(RankInfo(), 64, {})
     set_num_threads(RankInfo(), 2048, {"OMP_NUM_THREADS": "5"})
     assert given == [8, 2, 1, 1]
+
+
+def test_cores_are_divided_among_ranks_and_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(16)))
+    assert threads_per_worker(0, RankInfo()) == threads_per_worker(1, RankInfo()) == 16
+    assert threads_per_worker(4, RankInfo()) == 4
+    assert threads_per_worker(3, RankInfo(1, 8, 1, 2)) == 2
+    assert threads_per_worker(4, RankInfo(9, 16, 1, 8)) == 1  # not fewer than one

@@ -65,6 +65,8 @@ class DataConfig:
         video_fps: nominal frame rate, for the temporal positions of a `<video>`.
         max_length: maximum sequence length in tokens; a longer sample is an error, never truncated.
         workers: DataLoader workers per rank; 0 loads in the training process.
+        decode_threads: threads per worker that decode and resize the frames of a sample; 0 divides the machine's cores
+            among the ranks and their workers.
         questions_per_scene: number of questions about the same frames that share one visual prefix in one sequence
             (scene packing). train.micro_batch must be a multiple. Loss and gradient of each sample are unchanged. 1
             disables scene packing.
@@ -88,6 +90,7 @@ class DataConfig:
     video_fps: PositiveFloat = 2.0
     max_length: PositiveInt = 9216
     workers: NonNegativeInt = 4
+    decode_threads: NonNegativeInt = 0
     questions_per_scene: PositiveInt = 1
     packing: bool = False
     prefetch: PositiveInt = 2

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from w2r2_ds.config.schema import DataConfig
@@ -16,6 +18,8 @@ from w2r2_ds.models.frame_pixels import even_size
 from w2r2_ds.types.geometry import GeometrySpec
 from w2r2_ds.types.sample import Sample
 from w2r2_ds.types.vision import VisionSpec
+from w2r2_ds.utils.distributed import RankInfo
+from w2r2_ds.utils.parallel import threads_per_worker
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,7 @@ class VisualPreprocessor:
         self.family, self.vision, self.geometry = family, vision, geometry
         self.config, self.cache = config, cache
         self.fit = config.frame_width, geometry.patch_size, config.frame_fit  # arguments of `images.scaled_size`
+        self.threads = config.decode_threads or threads_per_worker(config.workers, RankInfo.from_environment())
         self._last: tuple[tuple[Path, ...], VisualInputs] | None = None
 
     def __call__(self, sample: Sample) -> VisualInputs:
@@ -99,7 +104,7 @@ class VisualPreprocessor:
         if not missing:  # the pixels are not decoded
             _, tower_size = self.sizes(sample.frames)
             return VisualInputs(None, self._grid(sample, tower_size), None, cached_2d, cached_3d)
-        frames = torch.from_numpy(stack_frames([load_resized(path, *self.fit) for path in sample.frames]))
+        frames = torch.from_numpy(stack_frames(self._load(sample.frames)))
         # The key hashes the frame files, which are read again here. If one was replaced in between, its features would
         # be stored under the old key: start again.
         if any(lookup is not None and not lookup.matches(sample.frames) for lookup in missing):
@@ -112,6 +117,13 @@ class VisualPreprocessor:
             cached_2d=cached_2d,
             cached_3d=cached_3d,
         )
+
+    def _load(self, paths: Sequence[Path]) -> list[np.ndarray]:
+        """Decoded and resized frames ``uint8 [H, W, 3]``, in order; raises the error of the first bad file."""
+        # Pillow releases Python's global lock while it decodes and resizes. The threads end with the sample: a process
+        # that forks loader workers later has none of them.
+        with ThreadPoolExecutor(min(self.threads, len(paths))) as pool:
+            return list(pool.map(lambda path: load_resized(path, *self.fit), paths))
 
     def _grid(self, sample: Sample, tower_size: tuple[int, int]) -> torch.Tensor:
         """`VisualInputs.grid_thw` of a sample; `tower_size` is the width and height in pixels of the tower's crop."""

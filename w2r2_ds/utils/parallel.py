@@ -67,6 +67,16 @@ def listed(head: str, problems: Sequence[str]) -> str:
     return "\n  ".join([f"{head}:", *problems[:MAX_LISTED], *more])
 
 
+def threads_per_worker(workers: int, ranks: RankInfo) -> int:
+    """Number of threads of each loader process: this machine's cores, divided among the ranks and their workers.
+
+    Args:
+        workers: loader processes per rank; with 0, the rank's own process loads.
+        ranks: rank of this process, with the number of ranks on this machine.
+    """
+    return max(1, len(os.sched_getaffinity(0)) // (ranks.local_world_size * max(1, workers)))
+
+
 def set_num_threads(ranks: RankInfo, hidden_size: int, environment: Mapping[str, str] = os.environ) -> None:
     """Divide this machine's cores among its ranks, unless OMP_NUM_THREADS is set.
 

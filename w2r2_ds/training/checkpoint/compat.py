@@ -14,7 +14,7 @@ from w2r2_ds.models.w2r2 import W2R2
 from w2r2_ds.training.checkpoint.manifest import read_manifest
 
 MAY_CHANGE = {
-    "data": {"root", "workers", "prefetch", "packing", "cache", "cache_gib", "cached_features"},
+    "data": {"root", "workers", "decode_threads", "prefetch", "packing", "cache", "cache_gib", "cached_features"},
     "model": {"vlm", "geometry.path", "merger", "attention", "kernels"},
     "objective": {"decode_gap_every", "decode_gap_samples"},
     "train": {"micro_batch", "save_every", "keep_last", "trackers", "hang_seconds", "pass_order"}
