@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -30,16 +29,18 @@ class Encoder(nn.Module):
 
 
 def visuals(vlm: Any) -> Any:
-    """Noise in place of two frames."""
-    from w2r2_ds.data.collate import token_counts
+    """Noise in place of two frames, one per frame set."""
+    from w2r2_ds.data.collate import tower_input
     from w2r2_ds.models.family import find_family
     from w2r2_ds.models.loading import load_vision_spec
 
-    grid = torch.tensor(GRIDS)
-    pixels = torch.randn(int(grid.prod(-1).sum()), 3 * 2 * 14 * 14, generator=torch.Generator().manual_seed(0))
-    tower = find_family(vlm.config.model_type).tower_inputs(grid, load_vision_spec(vlm.config.name_or_path))
-    sizes = token_counts(grid, vlm.config.vision_config.spatial_merge_size)
-    return SimpleNamespace(pixel_values=pixels, grid_thw=grid, sizes=sizes, tower=tower)
+    noise = torch.Generator().manual_seed(0)
+    frames = [
+        torch.randint(256, (1, 3, rows * 14, columns * 14), dtype=torch.uint8, generator=noise)
+        for _, rows, columns in GRIDS
+    ]
+    family, vision = find_family(vlm.config.model_type), load_vision_spec(vlm.config.name_or_path)
+    return tower_input("image", frames, torch.tensor(GRIDS), vision, family)
 
 
 def work(folder: Path) -> None:
@@ -49,6 +50,7 @@ def work(folder: Path) -> None:
     from transformers import AutoModelForImageTextToText
     from transformers.integrations import HfDeepSpeedConfig
 
+    from encoder_inputs import pixel_values
     from w2r2_ds.models.loading import load_vlm
     from w2r2_ds.training.deepspeed.process_group import skip_shm_build
 
@@ -59,7 +61,7 @@ def work(folder: Path) -> None:
     stock: Any = AutoModelForImageTextToText.from_pretrained(name, dtype=torch.float32)
     inputs = visuals(stock)
     with torch.no_grad():
-        expected = stock.model.visual(inputs.pixel_values, grid_thw=inputs.grid_thw).pooler_output
+        expected = stock.model.visual(pixel_values(inputs), grid_thw=inputs.grid_thw).pooler_output
     zero = {"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_max_live_parameters": 0}
     settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}
     keep_alive = HfDeepSpeedConfig(settings)
