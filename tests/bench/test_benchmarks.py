@@ -93,6 +93,21 @@ def test_feature_cache(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [tmp_path / "report.json"]
 
 
+def test_loader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})
+    report = run(tmp_path, "loader", "--shape", "tiny", "--size", "[120, 90]", "--rounds", "1")
+    rows = rows_of(report, "case")
+    own = ["decode", "decode and resize, 1 thread", "decode and resize, 2 threads"]
+    assert [*rows][:4] == [*own, "decode, resize with torch"]
+    assert [*rows][-1] == "copy to the device, normalise and cut patches"
+    assert rows["decode, resize with torch"]["differing"] > 0, "the reason why Pillow resizes"
+    assert rows["decode and resize, 1 thread"]["/1 thread"] == 1.0
+    assert all(row["samples/s"] == 1 / row["seconds"] for row in rows.values())
+    # 84 x 56 pixels, all of which the vision tower gets, twice in time: 1 byte instead of (1 + 2) * 4.
+    (criterion,) = report["criteria"]
+    assert criterion["met"] and criterion["measured"] == pytest.approx(1 / 12)
+
+
 def test_kernels(tmp_path: Path) -> None:
     """Without a GPU only the LoRA projection is timed: for attention and for the first and last MLP projection."""
     report = run(tmp_path, "kernels", "--shape", "tiny", "--rounds", "1")

@@ -101,6 +101,22 @@ def feature_cache(
     return run(shape, frames, rounds, folder)
 
 
+def loader(
+    shape: str = "cpu", frames: list[int] | None = None, size: tuple[int, int] = (1296, 968), rounds: int = 5
+) -> Any:
+    """Time to load the frames of a sample, on one or more threads, and its bytes.
+
+    Args:
+        shape: cpu, tiny, or 3b or 7b (the width of real frames).
+        frames: numbers of frames per sample; default: the shape's own.
+        size: width and height of the JPEG files in pixels; ScanNet's have 1296 x 968.
+        rounds: number of runs per case, interleaved.
+    """
+    from w2r2_ds.bench.loader import run
+
+    return run(shape, frames, size, rounds)
+
+
 def zero3_gathers(shape: str = "cpu", ranks: int = 2, rounds: int = 5) -> Any:
     """Bytes that ZeRO-3 gathers per training step for each `train.pass_order`, and wall-clock seconds.
 
@@ -157,6 +173,6 @@ def bring_up(
 
 BENCHMARKS: dict[str, Callable[..., Any]] = {
     function.__name__: function
-    for function in (baseline, step_time, scene_packing, feature_cache, zero3_gathers, kernels, bring_up)
+    for function in (baseline, step_time, scene_packing, feature_cache, loader, zero3_gathers, kernels, bring_up)
 }
 """Name -> function that returns a `w2r2_ds.bench.report.BenchReport`, or a report with the same methods."""
