@@ -132,7 +132,7 @@ def build_run(config: RunConfig, ds_path: str, make_validation: MakeValidation) 
     zero3 = inputs.ds_config.get("zero_optimization", {}).get("stage") == 3
     keep_alive = HfDeepSpeedConfig(inputs.ds_config) if zero3 else None
     model = load_model(config, inputs, start_point)
-    engine = make_engine(model, inputs.frontend, config, inputs.ds_config, inputs.device)
+    engine = make_engine(model, inputs.frontend, config, inputs.ds_config, inputs.device, ds_path=ds_path)
     del keep_alive
     # The model is built with the same seed on all ranks. From here on ranks draw different dropout masks.
     torch.manual_seed(config.train.seed + rank)

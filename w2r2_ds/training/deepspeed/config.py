@@ -10,11 +10,9 @@ import copy
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError, create_model
-
-from w2r2_ds.config.cli import did_you_mean
+from w2r2_ds.training.deepspeed.config_schema import normalise_stage, validate
 from w2r2_ds.training.deepspeed.hpz import fill_hpz
 from w2r2_ds.utils.distributed import local_world_size
 from w2r2_ds.utils.json_io import read_json_object
@@ -75,12 +73,13 @@ def resolve_ds_config(
     _fill(config, "zero_allow_untested_optimizer", True, optimizer, path)
     _fill(config, "zero_force_ds_cpu_optimizer", False, optimizer, path)
     dtype = f"model.dtype resolves to {'bfloat16' if bf16 else 'float32'} on this machine"
-    # `_validate` reports a section that is not a dict.
+    # `validate` reports a section that is not a dict.
     if isinstance(section := config.setdefault("bf16", {}), dict):
         _fill(section, "enabled", bf16, dtype, path, "bf16.")
     if isinstance(section := config.get("fp16"), dict):
         _fill(section, "enabled", False, f"{dtype}, and the range of fp16 is too small; use bf16", path, "fp16.")
     if isinstance(section := config.get("zero_optimization"), dict):
+        normalise_stage(section, path)
         fill_hpz(section, path, world_size, local_size or local_world_size(world_size))
         # By default DeepSpeed replaces `torch.nn.functional.linear` for the whole process; it then rounds differently.
         linear = "torch.nn.functional.linear must stay PyTorch's, so that features do not depend on the ZeRO stage"
@@ -90,7 +89,8 @@ def resolve_ds_config(
             f'{path}: {location} is "auto", but no option of the run fills it; write a value, or remove the key to use '
             "DeepSpeed's default."
         )
-    _validate(config, path)
+    _check_sections(config, path)
+    validate(config, path)
     # DeepSpeed's throughput timer synchronises the whole device before and after every micro-batch. It is not read.
     config["timers"] = {"throughput": {"enabled": False}}
     return config
@@ -140,68 +140,8 @@ def _auto_paths(value: Any, location: str = "") -> Iterator[str]:
             yield from _auto_paths(inner, f"{location}[{index}]")
 
 
-def _schema() -> type[BaseModel]:
-    """Pydantic model of the JSON: DeepSpeed's own models for its sections, built-in types for the other keys.
-
-    DeepSpeed itself ignores unknown top-level keys, and unknown keys of sections without a pydantic model.
-    """
-    from deepspeed.comm.config import CommsLoggerConfig
-    from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-
-    # The other keys of `checkpoint` are set by this package (training/build.py).
-    checkpoint = _model("Checkpoint", {"tag_validation": str, "parallel_write": dict})
-    sections = {
-        "zero_optimization": DeepSpeedZeroConfig,
-        "bf16": DeepSpeedBF16Config,
-        "fp16": DeepSpeedFP16Config,
-        "comms_logger": CommsLoggerConfig,
-        "checkpoint": checkpoint,
-    }
-    keys: dict[str, Any] = {
-        "communication_data_type": str,
-        "log_level": str,
-        "gradient_clipping": float,
-        "gradient_predivide_factor": float,
-        **dict.fromkeys(("data_types", "aio", "flops_profiler"), dict),
-        **dict.fromkeys(("train_batch_size", "train_micro_batch_size_per_gpu"), int),
-        **dict.fromkeys(("gradient_accumulation_steps", "steps_per_print"), int),
-        **dict.fromkeys(("zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "prescale_gradients"), bool),
-        **dict.fromkeys(("wall_clock_breakdown", "memory_breakdown", "dump_state", "disable_python_gc"), bool),
-    }
-    return _model("DeepSpeedJson", sections | keys)
-
-
-def _model(name: str, fields: dict[str, Any]) -> type[BaseModel]:
-    """A pydantic model with optional fields; unknown keys are errors."""
-    definitions: dict[str, Any] = {field: (kind, None) for field, kind in fields.items()}
-    return create_model(name, __config__=ConfigDict(extra="forbid"), **definitions)
-
-
-def _validate(config: dict[str, Any], path: str | Path) -> None:
-    """Raise ValueError with the file and the key of the first unknown key or wrong value."""
+def _check_sections(config: dict[str, Any], path: str | Path) -> None:
+    """Raise ValueError if a section sets what the run's configuration sets."""
     for key, owner in OWNED_BY_THE_RUN.items():
         if key in config:
             raise ValueError(f'{path}: remove "{key}"; the run\'s configuration sets it: {owner}.')
-    schema = _schema()
-    try:
-        schema(**config)
-    except ValidationError as failure:
-        error = failure.errors()[0]
-        location = ".".join(map(str, error["loc"]))
-        if error["type"] == "extra_forbidden":
-            section = location.rpartition(".")[0]
-            known = [key for key in _key_paths(schema) if key.rpartition(".")[0] == section]
-            raise ValueError(f'{path}: unknown key "{location}"{did_you_mean(location, known)}.') from None
-        value = json.dumps(error["input"], default=str)
-        raise ValueError(f"{path}: {location} is {value}: {error['msg'].rstrip('.')}.") from None
-
-
-def _key_paths(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """Key paths of a pydantic model, including those of its sections."""
-    for name, field in model.model_fields.items():
-        path = prefix + (field.alias or name)
-        yield path
-        for kind in (field.annotation, *get_args(field.annotation)):  # an optional section is a union with None
-            if isinstance(kind, type) and issubclass(kind, BaseModel):
-                yield from _key_paths(kind, f"{path}.")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import deepspeed
 import torch
+import torch.distributed as dist
 from deepspeed.runtime.zero.linear import zero3_linear_wrap
 from deepspeed.utils import set_z3_leaf_modules
 from peft.tuners.lora.layer import Linear as LoraLinear
@@ -21,9 +23,14 @@ from w2r2_ds.objective.scorer import Scorer
 from w2r2_ds.training.activation_checkpointing import recompute
 from w2r2_ds.training.optimizer import make_lr_scheduler, make_optimizer
 from w2r2_ds.training.step import W2R2Step
+from w2r2_ds.utils.sanitize import one_line
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
+
+
+ENVIRONMENT_ERRORS = (torch.OutOfMemoryError, torch.AcceleratorError, dist.DistError, OSError)
+"""Exceptions that are not caused by the JSON: memory, GPUs, network and files."""
 
 
 def make_engine(
@@ -33,6 +40,7 @@ def make_engine(
     ds_config: dict[str, Any],
     device: torch.device,
     leaf_modules: Sequence[type[nn.Module]] | None = None,
+    ds_path: str | Path = "the DeepSpeed JSON",
 ) -> DeepSpeedEngine:
     """The engine around `W2R2Step`, with AdamW and a cosine schedule over two parameter groups.
 
@@ -43,6 +51,10 @@ def make_engine(
         ds_config: result of `resolve_ds_config`.
         device: this rank's device.
         leaf_modules: classes whose modules ZeRO-3 gathers whole; by default `zero3_leaf_modules`.
+        ds_path: the DeepSpeed JSON, for messages.
+
+    Raises:
+        ValueError: DeepSpeed does not accept a setting of the JSON.
     """
     vocabulary = model.base.config.get_text_config().vocab_size
     tables = token_tables(frontend.tokenizer, vocabulary).to(device)
@@ -66,7 +78,29 @@ def make_engine(
     optimizer = make_optimizer(model, config.train)
     schedule = make_lr_scheduler(optimizer, config.train)
     # The optimizer has trained parameters only, so ZeRO makes master weights and moments for these only.
-    engine, *_ = deepspeed.initialize(model=step, optimizer=optimizer, lr_scheduler=schedule, config=ds_config)
+    return initialize(ds_path, model=step, optimizer=optimizer, lr_scheduler=schedule, config=ds_config)
+
+
+def initialize(ds_path: str | Path, **arguments: Any) -> DeepSpeedEngine:
+    """`deepspeed.initialize`; errors name the JSON.
+
+    Args:
+        ds_path: the DeepSpeed JSON, for messages.
+        **arguments: those of `deepspeed.initialize`.
+
+    Raises:
+        ValueError: DeepSpeed does not accept a setting of the JSON. It raises many types of exceptions for that, such
+            as AssertionError or RuntimeError.
+    """
+    try:
+        engine, *_ = deepspeed.initialize(**arguments)
+    except ENVIRONMENT_ERRORS:
+        raise
+    except Exception as error:
+        if "gloo" in str(error):  # a lost connection: gloo's errors have no type of their own
+            raise
+        reason = f"{type(error).__name__}: {one_line(' '.join(str(error).split()))}"
+        raise ValueError(f"{ds_path}: DeepSpeed does not accept a setting of this file ({reason}).") from error
     return engine
 
 
