@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from typing import Any
 
 from w2r2_ds.config.cli import Parser
 from w2r2_ds.utils.logging import setup_logging, stdout_to_stderr
 from w2r2_ds.utils.plugins import import_plugins
+
+ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+"""Environment variables with PyTorch's settings of its GPU allocator: the current one, and older names."""
 
 
 def function_parser(function: Callable[..., Any], prog: str, skip: tuple[str, ...] = ()) -> Parser:
@@ -48,7 +52,7 @@ def add_plugin_option(parser: argparse.ArgumentParser) -> None:
 
 
 def command_words(args: list[str] | None) -> list[str]:
-    """Set up logging, import plug-ins, and return the other words of the command line.
+    """Set up logging and the GPU allocator, import plug-ins, and return the other words of the command line.
 
     Hyphens in option names become underscores: ``--score-only`` is ``--score_only``.
 
@@ -59,8 +63,19 @@ def command_words(args: list[str] | None) -> list[str]:
         ValueError: a plug-in cannot be imported.
     """
     setup_logging()
+    use_expandable_segments(os.environ)  # before a plug-in, which may import torch
     with stdout_to_stderr():  # a plug-in may print
         return import_plugins([_underscored(word) for word in (sys.argv[1:] if args is None else args)])
+
+
+def use_expandable_segments(environment: MutableMapping[str, str]) -> None:
+    """Let PyTorch's GPU allocator grow its segments, unless the user has set its options; in place.
+
+    Sequence lengths differ from step to step, and ZeRO-3 gathers weights of up to 1 GB. In segments of fixed size,
+    freed memory would be lost to fragmentation. PyTorch reads the variable when the first GPU tensor is made.
+    """
+    if not any(environment.get(name) for name in ALLOCATOR_VARIABLES):
+        environment[ALLOCATOR_VARIABLES[0]] = "expandable_segments:True"
 
 
 def _underscored(word: str) -> str:
