@@ -12,6 +12,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 from w2r2_ds.data.prepared_set import PreparedSet
@@ -90,6 +91,15 @@ def test_shared_memory(config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert "train.micro_batch" in message and "data.prefetch 2" in message
     config.data.workers = 0
     assert data.check_data(config.data, 8, ranks=5).errors == []
+
+
+def test_a_narrow_frame_is_named(config: Any, tmp_path: Path) -> None:
+    from w2r2_ds.data.images import input_bytes
+
+    path = tmp_path / "narrow.png"
+    Image.new("RGB", (3000, 1)).save(path)
+    with pytest.raises(ValueError, match=f"Frame {path}: .*3000 x 1 pixels"):
+        input_bytes([path], replace(config.data, frame_width=112))
 
 
 def test_output_folder(tmp_path: Path) -> None:

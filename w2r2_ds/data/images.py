@@ -108,8 +108,15 @@ def load_resized(path: str | Path, width: int, patch: int, mode: str = "crop") -
         ValueError: as `load_frame`, or the frame is too narrow; the message has the path.
     """
     image = _read_rgb(path)
-    try:
+    with naming(path):
         return _fit(image, width, patch, mode)
+
+
+@contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Put the path of a frame before the message of a ValueError of the block."""
+    try:
+        yield
     except ValueError as error:
         raise ValueError(f"Frame {path}: {error}") from error
 
@@ -225,5 +232,7 @@ def _pad(frame: np.ndarray, height: int, width: int) -> np.ndarray:
 
 def input_bytes(frames: Sequence[Path], config: DataConfig) -> int:
     """Bytes of a sample's resized frames, which both encoders share; all are counted as large as the first."""
-    width, height = fitted_size([frame_size(frames[0])], config.frame_width, 1, config.frame_fit)
+    size = frame_size(frames[0])
+    with naming(frames[0]):
+        width, height = fitted_size([size], config.frame_width, 1, config.frame_fit)
     return len(frames) * 3 * width * height

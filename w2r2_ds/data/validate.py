@@ -9,6 +9,7 @@ from pathlib import Path
 
 from w2r2_ds.data.images import frame_size, load_frame
 from w2r2_ds.data.processor import Processor, SequenceTooLong
+from w2r2_ds.data.visual_inputs import VisualPreprocessor
 from w2r2_ds.types.sample import Sample
 
 logger = logging.getLogger(__name__)
@@ -95,10 +96,8 @@ def check_sample_texts(
     # The samples of a contiguous part are from few scenes, so two ranks rarely read the header of the same frame.
     begin, end = (len(samples) * index // world_size for index in (rank, rank + 1))
     own = samples[begin:end]
-    files = list(dict.fromkeys(path for sample in own for path in sample.frames))
-    with ThreadPoolExecutor(THREADS) as pool:
-        sizes = dict(zip(files, pool.map(frame_size, files), strict=True))
-    warn_of_crop(sizes, processor)
+    sizes = read_sizes(own)
+    warn_of_crop(sizes, processor.preprocess)
     failures: list[tuple[str, ValueError]] = []
     for sample in own:
         try:
@@ -110,14 +109,24 @@ def check_sample_texts(
     return len(own)
 
 
-def warn_of_crop(sizes: Mapping[Path, tuple[int, int]], processor: Processor) -> None:
+def read_sizes(samples: Sequence[Sample]) -> dict[Path, tuple[int, int]]:
+    """``(width, height)`` in pixels of every distinct frame file, from its header."""
+    files = list(dict.fromkeys(path for sample in samples for path in sample.frames))
+    with ThreadPoolExecutor(THREADS) as pool:
+        return dict(zip(files, pool.map(frame_size, files), strict=True))
+
+
+def warn_of_crop(sizes: Mapping[Path, tuple[int, int]], preprocess: VisualPreprocessor) -> None:
     """Log how many frames lose a part of their height (`data.frame_fit: crop`), and how much at most.
 
     Args:
         sizes: frame file -> ``(width, height)`` in pixels.
-        processor: processor of the run.
+        preprocess: preprocessor of the run.
+
+    Raises:
+        ValueError: a frame is too narrow; the message has the path.
     """
-    lost = {path: processor.preprocess.lost_height(path, size) for path, size in sizes.items()}
+    lost = {path: preprocess.lost_height(path, size) for path, size in sizes.items()}
     worst = max(lost, key=lost.__getitem__, default=None)
     if worst is not None and lost[worst]:
         logger.warning(

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from w2r2_ds.config.schema import DataConfig
-from w2r2_ds.data.images import fitted_size, frame_size, load_resized, lost_height, stack_frames
+from w2r2_ds.data.images import fitted_size, frame_size, load_resized, lost_height, naming, stack_frames
 from w2r2_ds.features.lookup import CacheLookup, FeatureCache
 from w2r2_ds.models.family import VlmFamily
 from w2r2_ds.models.frame_pixels import even_size
@@ -161,10 +161,8 @@ class VisualPreprocessor:
         Raises:
             ValueError: the frame is too narrow; the message has the path.
         """
-        try:
+        with naming(frame):
             return lost_height(size, *self.fit)
-        except ValueError as error:
-            raise ValueError(f"Frame {frame}: {error}") from error
 
     def _tower_size(self, frames: Sequence[Path], width: int, height: int) -> tuple[int, int]:
         """``(width, height)`` of the vision tower's crop of resized frames."""

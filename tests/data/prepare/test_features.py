@@ -43,6 +43,17 @@ def files(config: RunConfig) -> list[Path]:
     return sorted(Path(config.data.cache).rglob("*.safetensors"))
 
 
+def test_cropped_frames_are_reported(
+    config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    sizes = {Path("wide.jpg"): (4, 3), Path("high.jpg"): (3, 4)}
+    monkeypatch.setattr(fill, "read_sizes", lambda samples: sizes)
+    for fit, reported in (("crop", True), ("pad", False)):
+        caplog.clear()
+        fill_cache(config(data__frame_fit=fit), ["train"], True, RankInfo())
+        assert ("high.jpg" in caplog.text and "1 of 2 frames" in caplog.text) == reported
+
+
 def test_prepared_features_equal_those_of_training(
     config: Callable[..., RunConfig], capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:

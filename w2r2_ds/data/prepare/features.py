@@ -19,7 +19,7 @@ from w2r2_ds.data.collate import tower_input
 from w2r2_ds.data.dataset import load_mixture
 from w2r2_ds.data.loader import visual_kind
 from w2r2_ds.data.reraising_loader import ReraisingDataLoader, ignore_stop_signals
-from w2r2_ds.data.validate import THREADS
+from w2r2_ds.data.validate import THREADS, read_sizes, warn_of_crop
 from w2r2_ds.data.visual_inputs import VisualInputs, VisualPreprocessor
 from w2r2_ds.features.lookup import FeatureCache, flush_writes
 from w2r2_ds.features.store import FeatureStore, file_size, gib
@@ -76,6 +76,7 @@ def fill_cache(config: RunConfig, splits: Sequence[str], dry_run: bool, ranks: R
         vision, geometry = load_vision_spec(config.model.vlm), geometry_spec(config.model.geometry)
         family = find_family(load_model_config(config.model.vlm).model_type)
         preprocess = VisualPreprocessor(family, vision, geometry, config.data, cache)
+        warn_of_crop(read_sizes(samples), preprocess)
         todo, total, missing = find_missing(samples, preprocess, FeatureSizes(config, vision, geometry, cache))
     # From here on, the counts are those of all ranks, so every rank takes the same branches.
     total, missing = sum_over_ranks(total, ranks), sum_over_ranks(missing, ranks)
