@@ -130,3 +130,18 @@ def test_other_shapes_raise(shape: tuple[int, ...]) -> None:
 def test_frames_of_floats_raise() -> None:
     with pytest.raises(ValueError, match="float32"):
         patchify(torch.zeros(1, 3, 28, 28))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU")
+@pytest.mark.parametrize("as_video", [False, True])
+def test_a_gpu_makes_the_patches_of_the_cpu_without_a_synchronisation(as_video: bool) -> None:
+    given = tensor(frames(3, 56, 84))
+    on_gpu = given.to("cuda")
+    patchify(on_gpu, as_video=as_video)  # the first call loads kernels
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        patches = patchify(on_gpu, as_video=as_video)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(patches.cpu(), patchify(given, as_video=as_video))
