@@ -12,12 +12,13 @@ import errno
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.reduction import ForkingPickler
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import Any, Generic, TypeVar
 
 from torch.utils.data import DataLoader, Dataset, get_worker_info
@@ -169,18 +170,28 @@ class _ReportBusErrors:
 
 
 def ignore_stop_signals(worker: int) -> None:
-    """`worker_init_fn` of every loader: ignore SIGUSR1, and SIGTERM unless the parent process sent it.
+    """`worker_init_fn` of every loader: ignore SIGUSR1 and SIGINT, and SIGTERM unless the parent process sent it.
 
-    Slurm sends the signals that stop a run to all processes of a job. The rank then finishes its step, for which the
-    workers must still load batches. PyTorch stops workers with SIGTERM from their parent.
+    Slurm sends the signals that stop a run to all processes of a job, and a terminal sends Ctrl-C to all processes of a
+    launch. The rank then finishes its step, for which the workers must still load batches. PyTorch stops workers with
+    SIGTERM from their parent.
     """
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.set_wakeup_fd(-1)  # a forked worker has that of `StopSignals`, and would report its signals to the rank
+    for number in (signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    sys.excepthook = _report_unless_disconnected
     # A Python signal handler does not get the sender's process id, but `sigwaitinfo` returns it. It needs the signal to
     # be blocked; the thread that waits inherits the mask.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     rank = multiprocessing.parent_process()  # not getppid: that may be Python's fork server
     assert rank is not None, "a loader process has a parent"
     threading.Thread(target=_exit_on_sigterm_from, args=(rank.pid,), daemon=True).start()
+
+
+def _report_unless_disconnected(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Exception hook of a worker: its threads that send a batch need no traceback if the rank has ended meanwhile."""
+    if not isinstance(error, ConnectionError | EOFError):
+        sys.__excepthook__(kind, error, trace)
 
 
 def _exit_on_sigterm_from(parent: int) -> None:

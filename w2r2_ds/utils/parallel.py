@@ -13,6 +13,7 @@ import torch
 
 from w2r2_ds.utils import plugins
 from w2r2_ds.utils.distributed import RankInfo
+from w2r2_ds.utils.interrupts import ignore_interrupts
 
 _Result = TypeVar("_Result")
 MAX_LISTED = 10
@@ -42,7 +43,8 @@ def run_all(call: Callable[..., _Result], arguments: Sequence[tuple[Any, ...]], 
     with ProcessPoolExecutor(
         workers, mp_context=context, initializer=_initialize_worker, initargs=(plugins.IMPORTED,)
     ) as pool:
-        futures = [pool.submit(call, *args) for args in arguments]
+        with ignore_interrupts():
+            futures = [pool.submit(call, *args) for args in arguments]
         try:
             for future in as_completed(futures):
                 yield future.result()

@@ -141,7 +141,7 @@ def catches(pid: int, number: int) -> bool:
 
 
 def test_signals_set_the_code_inside_the_block_and_ignored_after_it() -> None:
-    before = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)}
     try:
         with StopSignals() as signals:
             assert signals.agreed() == exit_codes.DONE
@@ -149,6 +149,22 @@ def test_signals_set_the_code_inside_the_block_and_ignored_after_it() -> None:
             signal.raise_signal(signal.SIGUSR1)
             assert signals.agreed() == exit_codes.TERMINATED
         signal.raise_signal(signal.SIGUSR1)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_an_interrupt_sets_the_code_of_sigterm(caplog: pytest.LogCaptureFixture) -> None:
+    before = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)}
+    try:
+        with caplog.at_level("INFO", "w2r2_ds"), StopSignals() as signals:
+            signal.raise_signal(signal.SIGINT)
+            assert signals.agreed() == exit_codes.TERMINATED
+            deadline = time.monotonic() + 30
+            while "Ctrl-C" not in caplog.text and time.monotonic() < deadline:  # logged by a thread
+                time.sleep(0.01)
+        assert "Ctrl-C" in caplog.text
+        signal.raise_signal(signal.SIGINT)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

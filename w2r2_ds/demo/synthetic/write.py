@@ -19,6 +19,7 @@ from w2r2_ds.demo.synthetic.annotations import write_infos
 from w2r2_ds.demo.synthetic.furniture import KINDS
 from w2r2_ds.demo.synthetic.options import SPLITS, Options, scene_id
 from w2r2_ds.demo.synthetic.scene import SceneEntries, write_scene
+from w2r2_ds.utils.interrupts import ignore_interrupts
 from w2r2_ds.utils.output_folder import PARTIAL, check_writable, fill, is_empty
 
 VERSION = 2
@@ -141,9 +142,14 @@ def _write_all(root: Path, options: Options, workers: int) -> dict[str, Any]:
     if workers > 1:
         # Every scene has its own seed, so the result does not depend on the number of workers. Results are collected in
         # the order of the scenes.
-        with ProcessPoolExecutor(min(workers, len(scenes)), mp_context=get_context("spawn")) as pool:
-            futures = [pool.submit(write_scene, root, options, split, index) for split, index in scenes]
-            results = [future.result() for future in futures]
+        context = get_context("spawn")
+        with ProcessPoolExecutor(min(workers, len(scenes)), context) as pool:
+            with ignore_interrupts():
+                futures = [pool.submit(write_scene, root, options, split, index) for split, index in scenes]
+            try:
+                results = [future.result() for future in futures]
+            finally:  # after an error or Ctrl-C, do not start the calls that are still queued
+                pool.shutdown(wait=True, cancel_futures=True)
     else:
         results = [write_scene(root, options, split, index) for split, index in scenes]
     counts = {"train_scenes": options.train_scenes, "val_scenes": options.val_scenes}

@@ -1,8 +1,8 @@
 """METEOR 1.5 and the PTB tokenizer: pycocoevalcap's Java programs, run with the same options as by pycocoevalcap.
 
 Differences: line breaks and ``|||`` in a text become spaces, because they would shift or break all later texts; the
-tokenizer reads stdin, not a file in the package folder, which may be read-only; Java ignores SIGUSR1 and SIGTERM, which
-request that a training run stops after its step; `JavaError` is raised if Java fails.
+tokenizer reads stdin, not a file in the package folder, which may be read-only; Java ignores SIGUSR1, SIGTERM and
+SIGINT, which request that a training run stops after its step; `JavaError` is raised if Java fails.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ LINE_BREAKS = re.compile("[\n\r\x0b\x0c\x1c-\x1e\x85\u2028\u2029]")  # what Java
 # The machine's language must not change scores: in Turkish, the lower case of "I" is not "i".
 JAVA_OPTIONS = ("-Duser.language=en", "-Duser.country=US", "-Dfile.encoding=UTF-8")
 METEOR_OPTIONS = ("-Xmx2G", "-jar", coco_meteor.METEOR_JAR, "-", "-", "-stdio", "-l", "en", "-norm")
-IGNORE_SIGNALS = ("sh", "-c", 'trap "" USR1 TERM; exec "$@"', "sh")
+IGNORE_SIGNALS = ("sh", "-c", 'trap "" USR1 TERM INT; exec "$@"', "sh")
 
 
 class JavaError(RuntimeError):

@@ -1,31 +1,39 @@
-"""SIGUSR1 and SIGTERM stop a run at the next step boundary, on all ranks at the same step.
+"""SIGUSR1, SIGTERM and Ctrl-C stop a run at the next step boundary, on all ranks at the same step.
 
 Slurm sends SIGUSR1 before its time limit (``--signal``) or before a preemption
 (``PreemptParameters=send_user_signal``). SIGTERM comes from scancel, or announces a preemption on other clusters.
+SIGINT is Ctrl-C: of a terminal to all processes of the launch, or forwarded by the launcher (torchrun as SIGINT,
+deepspeed as SIGTERM). A second SIGINT ends the process at once.
 
-The handler only sets a flag, so repeated signals have no further effect. System calls that it interrupts (in a save, a
-collective, a read) are restarted by the kernel (SA_RESTART).
+The handler only sets a flag, so repeated other signals have no further effect. System calls that it interrupts (in a
+save, a collective, a read) are restarted by the kernel (SA_RESTART).
 """
 
 from __future__ import annotations
 
+import logging
+import os
 import signal
+import socket
+import threading
 from datetime import timedelta
 from types import FrameType
 
 import torch
 import torch.distributed as dist
 
-from w2r2_ds.training.fault_tolerance.exit_codes import DONE, REQUEUE, TERMINATED
+from w2r2_ds.training.fault_tolerance.exit_codes import DONE, INTERRUPTED, REQUEUE, TERMINATED
 
-CODES = {signal.SIGUSR1: REQUEUE, signal.SIGTERM: TERMINATED}
+logger = logging.getLogger(__name__)
+
+CODES = {signal.SIGUSR1: REQUEUE, signal.SIGTERM: TERMINATED, signal.SIGINT: TERMINATED}
 """Exit code of each signal. With several signals the largest code is used: SIGTERM takes precedence over SIGUSR1."""
 
 
 class StopSignals:
-    """Context manager that handles both signals, and lets all ranks stop at the same step.
+    """Context manager that handles the signals, and lets all ranks stop at the same step.
 
-    Enter it in the main thread before any fork. After the block both signals are ignored: Python removes its handlers
+    Enter it in the main thread before any fork. After the block the signals are ignored: Python removes its handlers
     while it exits, and a late signal would change the exit code. A rank that has not entered it handles no signals of
     its own, but stops with the others.
 
@@ -38,6 +46,12 @@ class StopSignals:
         self._group: dist.ProcessGroup | None = None
 
     def __enter__(self) -> StopSignals:
+        # The main thread may be in compiled code that does not return (a collective that hangs), where Python calls no
+        # handler. Python's C handler writes the number of every signal to this socket at once, also then.
+        self._signals, self._wakeup = socket.socketpair()
+        self._wakeup.setblocking(False)
+        signal.set_wakeup_fd(self._wakeup.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=self._end_at_second_interrupt, name="Ctrl-C", daemon=True).start()
         for number in CODES:
             signal.signal(number, self._handle)
             # signal.signal disables SA_RESTART; without it a blocking call of a C++ library fails with EINTR.
@@ -47,6 +61,19 @@ class StopSignals:
     def __exit__(self, *_: object) -> None:
         for number in CODES:
             signal.signal(number, signal.SIG_IGN)
+        signal.set_wakeup_fd(-1)
+        self._wakeup.close()  # ends the thread
+
+    def _end_at_second_interrupt(self) -> None:
+        """Thread: count SIGINTs."""
+        with self._signals as signals:
+            interrupts = 0
+            while number := signals.recv(1):
+                interrupts += number[0] == signal.SIGINT
+                if interrupts == 1 and number[0] == signal.SIGINT:
+                    logger.info("stopping after this step, with a checkpoint; press Ctrl-C again to end at once")
+                if interrupts == 2:
+                    os._exit(INTERRUPTED)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         # Only a flag: a save here would run in the middle of a step, and on this rank only.
