@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from runs import STEPS, World, read_metrics
 from trained_models import load_trained_model
 from w2r2_ds.config.io import save_config
 from w2r2_ds.config.schema import RunConfig
-from w2r2_ds.convert.peft_adapter import adapter_config, export_adapter, load_adapter
+from w2r2_ds.convert.peft_adapter import _absolute, adapter_config, export_adapter, load_adapter
 from w2r2_ds.data.dataset import load_mixture
 from w2r2_ds.data.loader import prompt_loader
 from w2r2_ds.evaluation.runner import evaluate
@@ -109,6 +110,37 @@ def test_a_fusion_is_exported_beside_the_merger(
             for m in (model.eval(), loaded.eval())
         )
     assert torch.equal(ours, theirs)
+
+
+def test_an_adapter_of_a_relative_path_loads_in_another_working_directory(
+    model_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from peft import AutoPeftModel
+
+    vlm = Path(model_config.vlm)
+    monkeypatch.chdir(vlm.parent)
+    geometry = replace(model_config.geometry, path=Path(model_config.geometry.path).name)
+    config = RunConfig(model=replace(model_config, vlm=vlm.name, geometry=geometry))
+    model = build_model(config.model, torch.device("cpu"), seed=1)
+    (tmp_path / "checkpoint").mkdir()
+    tensors = {name: parameter.detach().contiguous() for name, parameter in trainable(model).items()}
+    save_file(tensors, tmp_path / "checkpoint" / "trainable.safetensors")
+    save_config(config, tmp_path / "checkpoint" / "config.yaml")
+    description = {"step": 0, "model": model.fingerprint, "metrics": {}, "versions": versions()}
+    write_manifest(tmp_path / "checkpoint", description, {})
+    out = export_adapter(tmp_path / "checkpoint", tmp_path / "adapter")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    loaded = AutoPeftModel.from_pretrained(str(out))
+    assert loaded.peft_config["default"].base_model_name_or_path == str(vlm.absolute())
+    assert adapter_config(out).model.geometry.path == str(vlm.parent.absolute() / geometry.path)
+    assert type(load_adapter(out, adapter_config(out), torch.device("cpu"))) is type(model)
+    assert str(vlm.absolute()) in (out / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", ["Qwen/Qwen2.5-VL-3B-Instruct", "", "/models/vlm"])
+def test_other_names_of_base_models_stay(name: str) -> None:
+    assert _absolute(name) == name
 
 
 def test_missing_or_unknown_fusion_tensors_are_rejected(untrained: tuple[Any, Path], tmp_path: Path) -> None:

@@ -88,6 +88,9 @@ def export_adapter(path: Path, out: Path, vlm: str | None = None, geometry_path:
     checkpoint = find_checkpoint(path)
     with new_folder(out) as folder:
         config = relocated(load_run_config(checkpoint / "config.yaml"), vlm=vlm, geometry_path=geometry_path)
+        # PEFT and the evaluation load the base models by these names, also from another working directory.
+        models = config.model
+        config = relocated(config, vlm=_absolute(models.vlm), geometry_path=_absolute(models.geometry.path))
         model = build_model(config.model, torch.device("cpu"), config.train.seed)
         load_trainable(checkpoint, model)
         # LoRA does not train the embedding layers; without the option peft may add both matrices to the adapter.
@@ -98,6 +101,11 @@ def export_adapter(path: Path, out: Path, vlm: str | None = None, geometry_path:
         (folder / "README.md").write_text(readme(content), encoding="utf-8")
         check_no_empty_tensor(folder)
     return out
+
+
+def _absolute(name: str) -> str:
+    """The absolute path of a directory; a hub id, or the empty path of an encoder without files, stays."""
+    return str(Path(name).absolute()) if name and Path(name).is_dir() else name
 
 
 def card(config: RunConfig, model: W2R2, checkpoint: Path) -> dict[str, Any]:
