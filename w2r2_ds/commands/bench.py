@@ -14,6 +14,7 @@ from typing import Any
 from w2r2_ds.commands.common import command_words, description, function_parser, parse
 from w2r2_ds.commands.errors import reports_errors
 from w2r2_ds.config.cli import Parser
+from w2r2_ds.config.numbers import check_numbers
 from w2r2_ds.training.fault_tolerance.exit_codes import FAILED
 from w2r2_ds.utils.output_folder import check_writable
 
@@ -29,6 +30,8 @@ def main(args: list[str] | None = None) -> int | None:
         commands.add_subcommand(name, command, help=description(benchmark))
     values = parse(parser, command_words(args))
     options = values[values["benchmark"]]
+    for name in ("rounds", "ranks", "frames", "questions"):
+        check_numbers(options.get(name), f"--{name}", minimum=1)
     target = options.pop("json")
     if target is not None:
         if target.is_dir():

@@ -9,6 +9,7 @@ from collections.abc import Callable, MutableMapping
 from typing import Any
 
 from w2r2_ds.config.cli import Parser
+from w2r2_ds.config.numbers import check_numbers
 from w2r2_ds.utils.logging import setup_logging, stdout_to_stderr
 from w2r2_ds.utils.plugins import import_plugins
 
@@ -35,10 +36,18 @@ def description(function: Callable[..., Any]) -> str:
 
 
 def parse(parser: Parser, words: list[str]) -> dict[str, Any]:
-    """Parse a command line: option -> value, with dataclasses instantiated."""
+    """Parse a command line: option -> value, with dataclasses instantiated.
+
+    Raises:
+        ValueError: a number is not finite, negative or too large.
+    """
     add_plugin_option(parser)
     values: dict[str, Any] = parser.instantiate(parser.parse_args(words)).as_dict()
     del values["plugin"]
+    subcommands = [value for value in values.values() if isinstance(value, dict)]
+    for options in subcommands or [values]:
+        for name, value in options.items():
+            check_numbers(value, f"--{name}")
     return values
 
 

@@ -10,16 +10,19 @@ from collections.abc import Mapping
 from dataclasses import asdict, field
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field, FiniteFloat, NonNegativeInt, PositiveInt, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, FiniteFloat, model_validator
 from pydantic.dataclasses import dataclass
 from pydantic_core import ArgsKwargs
 
+from w2r2_ds.config.numbers import MAX_NUMBER, check_numbers
 from w2r2_ds.config.safe_text import check_config_texts
 
 STRICT = ConfigDict(extra="forbid")
 
-PositiveFloat = Annotated[FiniteFloat, Field(gt=0)]
-NonNegativeFloat = Annotated[FiniteFloat, Field(ge=0)]
+PositiveInt = Annotated[int, Field(gt=0, le=MAX_NUMBER)]
+NonNegativeInt = Annotated[int, Field(ge=0, le=MAX_NUMBER)]
+PositiveFloat = Annotated[FiniteFloat, Field(gt=0, le=MAX_NUMBER)]
+NonNegativeFloat = Annotated[FiniteFloat, Field(ge=0, le=MAX_NUMBER)]
 Fraction = Annotated[FiniteFloat, Field(ge=0, lt=1)]
 
 
@@ -321,6 +324,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         """Check combinations of options of several sections."""
         check_config_texts(asdict(self))
+        # The fields of the sections are checked by their types; these are of a registered term.
+        check_numbers(self.objective.push_term, "objective.push_term", minimum=-MAX_NUMBER)
         data, objective, train = self.data, self.objective, self.train
         if data.cached_features != "geometry" and not data.cache:
             raise ValueError(f"data.cached_features is {data.cached_features}, but data.cache is empty; set a folder.")
