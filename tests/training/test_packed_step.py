@@ -13,8 +13,8 @@ from host_sync import host_reads
 from objectives import objective_config
 from packed_batches import packed_of, questions
 from w2r2_ds.config.schema import RunConfig, TrainConfig
+from w2r2_ds.models.attention.packed import use_packed_attention
 from w2r2_ds.models.build import build_model, trainable
-from w2r2_ds.models.qwen2_5_vl.packed_attention import use_packed_attention
 from w2r2_ds.objective.loss import STATS
 from w2r2_ds.objective.scorer import Score, Scorer
 from w2r2_ds.training.activation_checkpointing import recompute

@@ -6,7 +6,7 @@ followed by one suffix per sample (the rest of its question, and its answer)::
 
     [ prefix of group 0 ][ suffix 1 ][ suffix 2 ] [ prefix of group 1 ][ suffix 1 ] ...
 
-The attention mask (`models/qwen2_5_vl/packed_attention.py`) is block-diagonal over groups, and a suffix attends to the
+The attention mask (`models/attention/packed.py`) is block-diagonal over groups, and a suffix attends to the
 prefix of its group and to itself only. Position ids restart at every group, and every suffix continues from the end of
 its prefix. So each sample has the hidden states that it would have in a sequence of its own, up to rounding.
 """

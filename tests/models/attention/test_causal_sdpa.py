@@ -19,6 +19,7 @@ from w2r2_ds.models.attention.causal_sdpa import (
     has_fused_gqa,
     use_causal_sdpa,
 )
+from w2r2_ds.models.attention.vision import VISION_ATTENTION
 from w2r2_ds.models.build import build_model
 from w2r2_ds.models.loading import load_vlm
 
@@ -184,7 +185,7 @@ def test_a_built_model_uses_it_instead_of_sdpa_only(model_config: Any) -> None:
     model = build_model(model_config, torch.device("cpu"), 0)
     text = model.family.language_model(model.base)
     assert text.config._attn_implementation == CAUSAL_SDPA
-    assert model.family.vision_tower(model.base).config._attn_implementation == "sdpa"
+    assert model.family.vision_tower(model.base).config._attn_implementation == VISION_ATTENTION
     text.set_attn_implementation("eager")
     use_causal_sdpa(text)
     assert text.config._attn_implementation == "eager"

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling as VisionOutput
 
+from w2r2_ds.models.attention.packed import attention_inputs, use_packed_attention
+from w2r2_ds.models.attention.vision import use_varlen_attention
 from w2r2_ds.models.family import VlmFamily, cut_at_end, register_family
 from w2r2_ds.models.flops import attention, products
 from w2r2_ds.models.qwen2_5_vl.last_layer import SelectedTokens, compute_only
-from w2r2_ds.models.qwen2_5_vl.packed_attention import attention_inputs, use_packed_attention
 from w2r2_ds.models.qwen2_5_vl.pixels import patchify
 from w2r2_ds.models.qwen2_5_vl.vision_inputs import WindowInputs
 from w2r2_ds.types.batch import Batch, Prompts, Visuals
@@ -36,6 +37,10 @@ class Qwen25VL(VlmFamily):
 
     chat_tokens = ("<|im_start|>", "<|im_end|>")
     end_of_turn = "<|im_end|>"
+
+    def speed_up_tower(self, vlm: PreTrainedModel) -> None:
+        super().speed_up_tower(vlm)
+        use_varlen_attention(vlm)
 
     def vision_spec(self, config: PreTrainedConfig, preprocessor: Mapping[str, Any], location: str) -> VisionSpec:
         vision: Any = config.vision_config

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers.utils.generic import is_flash_attention_requested
 from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position_ids, get_vision_window_index
 
+from w2r2_ds.models.attention.vision import VISION_ATTENTION
 from w2r2_ds.types.batch import TowerInputs
 
 
@@ -53,10 +54,12 @@ class WindowInputs(TowerInputs):
         Args:
             config: configuration of the vision tower.
         """
-        # Flash attention's kernel reads the segments on the device. All other implementations loop over them in Python,
-        # for which a tensor on the device would have to be copied back.
+        # For names with "flash", transformers calls attention once per layer, and would compute the longest segment.
         flash = is_flash_attention_requested(config)
-        device = self.positions.device if flash else torch.device("cpu")
+        # The package flash-attn reads the segments on the device. `vision_attention` and the implementations that loop
+        # over the segments read them in Python, for which a tensor on the device would have to be copied back.
+        on_device = flash and config._attn_implementation != VISION_ATTENTION
+        device = self.positions.device if on_device else torch.device("cpu")
         result: dict[str, Any] = {"position_ids": self.positions, "window_index": self.order}
         for name, boundaries in (("seqlen", self.frames), ("window_seqlen", self.windows)):
             result[f"cu_{name}s"] = torch.tensor(boundaries, dtype=torch.int32).to(device, non_blocking=True)

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
-from types import ModuleType, SimpleNamespace
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
 
 from packed_batches import visible
+from varlen_reference import flash_attn_package, torch_varlen_on_cpu
+from w2r2_ds.models.attention.packed import PACKED, attention_inputs, segment_lengths, use_packed_attention
 from w2r2_ds.models.loading import load_vlm
-from w2r2_ds.models.qwen2_5_vl import packed_attention
-from w2r2_ds.models.qwen2_5_vl.packed_attention import PACKED, attention_inputs, use_packed_attention
 from w2r2_ds.types.batch import Layout
 
 SPANS = {
@@ -37,57 +37,17 @@ def layout_of(spans: tuple[tuple[int, ...], ...]) -> Layout:
     return Layout(torch.tensor([group]), torch.tensor([suffix]), (spans,))
 
 
-def documented_varlen(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-    cu_seqlens_k: torch.Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    dropout_p: float = 0.0,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-) -> torch.Tensor:
-    """`flash_attn_varlen_func` as documented by flash-attn 2, in PyTorch.
-
-    Packed tokens, int32 cumulative lengths, fewer key heads than query heads, causal mask aligned to the bottom right.
-    """
-    assert q.ndim == k.ndim == v.ndim == 3 and cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
-    assert causal and not dropout_p and all(each.is_contiguous() for each in (q, k, v))
-    assert cu_seqlens_q[0] == cu_seqlens_k[0] == 0
-    assert cu_seqlens_q[-1] == len(q) and cu_seqlens_k[-1] == len(k) and len(cu_seqlens_q) == len(cu_seqlens_k)
-    assert max_seqlen_q == cu_seqlens_q.diff().max() and max_seqlen_k == cu_seqlens_k.diff().max()
-    results = []
-    for (first, last), (begin, end) in zip(
-        zip(cu_seqlens_q.tolist(), cu_seqlens_q[1:].tolist(), strict=False),
-        zip(cu_seqlens_k.tolist(), cu_seqlens_k[1:].tolist(), strict=False),
-        strict=True,
-    ):
-        queries, keys = last - first, end - begin
-        mask = torch.arange(keys) <= torch.arange(queries)[:, None] + keys - queries
-        heads = q.shape[1] // k.shape[1]
-        key, value = (each[begin:end].repeat_interleave(heads, 1).transpose(0, 1) for each in (k, v))
-        query = q[first:last].transpose(0, 1)
-        results.append(
-            scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=softmax_scale).transpose(0, 1)
-        )
-    return torch.cat(results)
-
-
-@pytest.fixture
-def flash_attn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A package flash_attn that has this function only."""
-    module = ModuleType("flash_attn")
-    module.flash_attn_varlen_func = documented_varlen  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "flash_attn", module)
+@pytest.fixture(params=["packed_sdpa", "packed_flash_attn"])
+def function(request: pytest.FixtureRequest) -> Iterator[Callable[..., Any]]:
+    """A registered attention function."""
+    with flash_attn_package():
+        yield AttentionInterface()[request.param]
 
 
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2)])
 @pytest.mark.parametrize("spans", SPANS.values(), ids=SPANS)
-@pytest.mark.parametrize("function", [packed_attention.packed_sdpa, packed_attention.packed_varlen])
 def test_outputs_and_gradients_equal_masked_attention(
-    flash_attn: None, function: Callable[..., Any], spans: Any, heads: tuple[int, int]
+    function: Callable[..., Any], spans: Any, heads: tuple[int, int]
 ) -> None:
     """float64: within 1e-12, where only the order of sums differs."""
     torch.manual_seed(0)
@@ -109,8 +69,7 @@ def test_outputs_and_gradients_equal_masked_attention(
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("function", [packed_attention.packed_sdpa, packed_attention.packed_varlen])
-def test_spans_exclude_a_mask(flash_attn: None, function: Callable[..., Any]) -> None:
+def test_spans_exclude_a_mask(function: Callable[..., Any]) -> None:
     states = torch.randn(1, 2, 9, 8)
     with pytest.raises(AssertionError, match="neither a mask"):
         function(SimpleNamespace(), states, states, states, torch.ones(1, 1, 9, 9).bool(), packed_spans=((0, 9),))
@@ -140,7 +99,7 @@ def test_model_with_spans_equals_the_model_with_a_mask(model_config: Any, vlm: A
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
     assert not torch.allclose(unpacked, expected, rtol=1e-2, atol=1e-2)
     assert split.model.language_model.config._attn_implementation == "packed_sdpa"
-    assert split.model.visual.config._attn_implementation == "sdpa"
+    assert split.model.visual.config._attn_implementation == vlm.model.visual.config._attn_implementation
 
 
 @pytest.mark.parametrize("left", [False, True])
@@ -163,14 +122,23 @@ def test_unsupported_attention_raises(model_config: Any, vlm: Any) -> None:
     for model in (eager, vlm):
         with pytest.raises(AssertionError, match="use_packed_attention"):
             attention_inputs(model, packed.layout)
-    # Without the package: transformers may have taken flash-attn from the hub.
-    named = SimpleNamespace(model=SimpleNamespace(language_model=SimpleNamespace(config=SimpleNamespace())))
-    named.model.language_model.config._attn_implementation = "flash_attention_2"
-    with pytest.raises(ValueError, match="flash-attn itself"):
-        use_packed_attention(named)
 
 
-def test_cumulative_lengths_are_cached() -> None:
-    assert packed_attention._ends((3, 1), torch.device("cpu")).tolist() == [0, 3, 4]
-    assert packed_attention._ends((3, 1), torch.device("cpu")) is packed_attention._ends((3, 1), torch.device("cpu"))
-    assert set(PACKED.values()) == {"packed_sdpa", "packed_varlen"}
+def test_every_packed_attention_is_registered() -> None:
+    assert set(PACKED.values()) <= set(AttentionInterface().valid_keys())
+    with torch_varlen_on_cpu() as calls:  # "packed_sdpa" uses PyTorch's varlen attention where it runs
+        states = torch.randn(1, 2, 9, 8)
+        AttentionInterface()["packed_sdpa"](SimpleNamespace(), *[states] * 3, None, packed_spans=((0, 5, 7, 9),))
+    assert calls == [5], "one call, in which the longest segment has 5 tokens"
+
+
+@pytest.mark.parametrize(
+    ("spans", "lengths", "key_lengths"),
+    [
+        (((0, 9),), (9,), (9,)),
+        (((0, 7, 8, 15),), (7, 1, 7), (7, 8, 14)),
+        (((0, 5, 8, 9), (9, 13), (13, 14, 19)), (5, 3, 1, 4, 1, 5), (5, 8, 6, 4, 1, 6)),
+    ],
+)
+def test_segments_of_spans(spans: Any, lengths: Any, key_lengths: Any) -> None:
+    assert segment_lengths(spans) == (lengths, key_lengths)
