@@ -1,6 +1,7 @@
 """Rank script of test_gradient_norms.py: norms per group with every ZeRO stage, and norms from each whole gradient.
 
-`work` reads ``FOLDER/configs.json`` and writes ``FOLDER/rankN.json``.
+It also accumulates gradients that bfloat16 cannot add. `work` reads ``FOLDER/configs.json`` and writes
+``FOLDER/rankN.json``.
 """
 
 from __future__ import annotations
@@ -27,6 +28,29 @@ def make_groups() -> tuple[Any, dict[str, list[Any]]]:
     model.forward = lambda x: model[3](model[2](model[1](model[0](x).tanh()).tanh()).tanh()).square().mean()
     weights = [layer.weight for layer in layers] + [model.unused]
     return model, {"weights": weights, "biases": [layer.bias for layer in layers]}
+
+
+def accumulated(config: dict[str, Any]) -> tuple[list[float], str]:
+    """The sum of gradients 256, 1, 1, ... of one parameter in a bfloat16 model, and the dtype of DeepSpeed's buffer."""
+    import deepspeed
+    import torch
+    from deepspeed.utils import safe_get_full_grad
+    from torch import nn
+
+    model = nn.Linear(2, 1, bias=False).bfloat16()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    steps = config["gradient_accumulation_steps"]
+    for step in range(steps):
+        gradient = 256.0 if step == 0 else 1.0
+        x = torch.full((1, 2), steps * gradient, dtype=torch.bfloat16)  # DeepSpeed divides by the number of steps
+        engine.backward(engine(x).sum())
+        if step == steps - 1:
+            total = safe_get_full_grad(model.weight).flatten().tolist()
+            dtype = str(engine.optimizer.averaged_gradients[0][0].dtype)
+        engine.step()
+    engine.destroy()
+    return total, dtype
 
 
 def work(folder: Path) -> None:
@@ -59,7 +83,8 @@ def work(folder: Path) -> None:
         reductions[0] += 1
         return stock(*args, **given)
 
-    for name, config in json.loads((folder / "configs.json").read_text()).items():
+    configs, accumulations = json.loads((folder / "configs.json").read_text())
+    for name, config in configs.items():
         model, groups = make_groups()
         model = model.bfloat16() if config["bf16"]["enabled"] else model
         optimizer = torch.optim.AdamW([{"params": group} for group in groups.values()], lr=0.1)
@@ -83,5 +108,6 @@ def work(folder: Path) -> None:
                 engine.step()
         found[name] = steps
         engine.destroy()
+    found["accumulated"] = {name: accumulated(config) for name, config in accumulations.items()}
     (folder / f"rank{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()

@@ -58,8 +58,38 @@ def test_auto_and_missing_values_are_filled_in_a_copy() -> None:
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "timers": {"throughput": {"enabled": False}},
+        "data_types": {"grad_accum_dtype": "bf16"},
     }
     assert json.dumps(raw) == before
+
+
+@pytest.mark.parametrize(
+    ("bf16", "written", "world", "stage", "dtype"),
+    [
+        (True, {}, 1, 2, "fp32"),  # 8 micro-batches per step
+        (True, {}, 1, "3", "fp32"),
+        (True, {}, 2, 3, "bf16"),  # 4 micro-batches per step
+        (True, {"grad_accum_dtype": "auto"}, 1, 3, "fp32"),
+        (True, {"grad_accum_dtype": "bf16"}, 1, 3, "bf16"),
+        (True, {"grad_accum_dtype": "fp32"}, 2, 2, "fp32"),
+        (True, {"grad_accum_dtype": "fp32"}, 2, 1, "fp32"),
+        (True, {}, 1, 1, "bf16"),
+        (True, {}, 1, 0, "bf16"),
+        (False, {}, 2, 3, "fp32"),
+    ],
+)
+def test_many_micro_batches_accumulate_in_float32(
+    bf16: bool, written: dict[str, str], world: int, stage: Any, dtype: str
+) -> None:
+    raw = {"data_types": written, "zero_optimization": {"stage": stage}}
+    assert resolve(raw, world_size=world, bf16=bf16)["data_types"] == {"grad_accum_dtype": dtype}
+
+
+@pytest.mark.parametrize(("bf16", "dtype"), [(True, "fp32"), (False, "bf16")])
+def test_stage_0_and_float32_accumulate_in_the_models_dtype(bf16: bool, dtype: str) -> None:
+    raw = {"data_types": {"grad_accum_dtype": dtype}, "zero_optimization": {"stage": 0}}
+    with pytest.raises(ValueError, match=rf'ds.json: data_types.grad_accum_dtype is "{dtype}"'):
+        resolve(raw, bf16=bf16)
 
 
 @pytest.mark.parametrize(("world", "local", "filled"), [(16, 8, 8), (8, 8, 1), (1, 1, 1), (4, 2, 2)])

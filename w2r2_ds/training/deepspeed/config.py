@@ -18,6 +18,11 @@ from w2r2_ds.utils.distributed import local_world_size
 from w2r2_ds.utils.json_io import read_json_object
 
 AUTO = "auto"
+MANY_MICRO_BATCHES = 8
+"""Number of accumulation steps from which gradients are accumulated in float32 by default.
+
+A sum of n similar values loses about log2(n) of bfloat16's 8 bits: 3 of them with 8 micro-batches.
+"""
 OWNED_BY_THE_RUN = {
     "optimizer": "train.lr, train.merger_lr and train.weight_decay",
     "scheduler": "train.steps and train.warmup_ratio",
@@ -84,6 +89,10 @@ def resolve_ds_config(
         # By default DeepSpeed replaces `torch.nn.functional.linear` for the whole process; it then rounds differently.
         linear = "torch.nn.functional.linear must stay PyTorch's, so that features do not depend on the ZeRO stage"
         _fill(section, "memory_efficient_linear", False, linear, path, "zero_optimization.")
+    if isinstance(section := config.setdefault("data_types", {}), dict):
+        zero = config.get("zero_optimization")
+        stage = zero.get("stage", 0) if isinstance(zero, dict) else 0
+        _fill_grad_accum_dtype(section, config["gradient_accumulation_steps"], stage, bf16, path)
     for location in _auto_paths(config):
         raise ValueError(
             f'{path}: {location} is "auto", but no option of the run fills it; write a value, or remove the key to use '
@@ -114,8 +123,23 @@ def _fill_batch_sizes(
     _fill(config, "gradient_accumulation_steps", accumulation, f"{sizes} is {accumulation}", path)
 
 
+def _fill_grad_accum_dtype(
+    section: dict[str, Any], accumulation: int, stage: Any, bf16: bool, path: str | Path
+) -> None:
+    """Fill the dtype in which the gradients of micro-batches are added up, unless the JSON sets it."""
+    if not bf16:
+        _fill(section, "grad_accum_dtype", "fp32", "model.dtype resolves to float32", path, "data_types.")
+    elif stage == 0:
+        _fill(section, "grad_accum_dtype", "bf16", "stage 0 supports the dtype of the model only", path, "data_types.")
+    elif section.get("grad_accum_dtype", AUTO) == AUTO:
+        # 4 instead of 2 bytes per trained parameter, divided by the number of ranks. Not at stage 1, where DeepSpeed
+        # would use another optimizer, with checkpoints of another format.
+        many = accumulation >= MANY_MICRO_BATCHES and stage != 1
+        section["grad_accum_dtype"] = "fp32" if many else "bf16"
+
+
 def _fill(
-    section: dict[str, Any], key: str, value: int | bool, reason: str, path: str | Path, prefix: str = ""
+    section: dict[str, Any], key: str, value: int | bool | str, reason: str, path: str | Path, prefix: str = ""
 ) -> None:
     """Set ``section[key]`` if it is missing or "auto"; raise ValueError with `reason` if it has another value."""
     given = section.get(key, AUTO)
