@@ -28,7 +28,6 @@ from w2r2_ds.data.prepare.scannet_boxes import _read_vertices
 from w2r2_ds.data.prepared_set import PreparedSet
 from w2r2_ds.data.sources.numpy_unpickler import load_numpy_pickle
 from w2r2_ds.data.sources.scannet import Frame, check_scene_id
-from w2r2_ds.data.tasks.scanrefer import image_size
 from w2r2_ds.data.validate import check_frames
 from w2r2_ds.evaluation.datasets import find_sets
 from w2r2_ds.evaluation.predictions.rescore import score_file
@@ -213,8 +212,6 @@ def test_an_image_cannot_start_a_program(tmp_path: Path, started: list[Any]) -> 
     for read, value in ((load_frame, path), (frame_size, path), (load_depth, frame)):
         with pytest.raises(ValueError, match=r"00000\.jpg"):
             read(value)  # type: ignore[operator]
-    with pytest.raises(ValueError, match=r"00000\.jpg is not a readable image"):
-        image_size(type("Scene", (), {"frames": (frame,)}))  # type: ignore[arg-type]
 
 
 def test_a_mesh_cannot_open_other_files(tmp_path: Path) -> None:

@@ -21,12 +21,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
-from PIL import Image
 
 from w2r2_ds.boxes3d.transforms import world_to_camera
 from w2r2_ds.data.frames.selection import select_frames
 from w2r2_ds.data.frames.visibility import clearest_frame
-from w2r2_ds.data.images import IMAGE_FORMATS
+from w2r2_ds.data.images import frame_size
 from w2r2_ds.data.sources.annotations import Description
 from w2r2_ds.data.sources.scannet import Scene, SceneParts
 from w2r2_ds.data.tasks.base import (
@@ -102,16 +101,6 @@ def world_answer_text(box: np.ndarray, decimals: int = 2) -> str:
     low, high = (rounded(box[:3] + sign * box[3:6] / 2, decimals) for sign in (-1, 1))
     ends = [*low, *(max(top, round(bottom + 10**-decimals, decimals)) for bottom, top in zip(low, high, strict=True))]
     return ",".join(str(number) for number in ends)
-
-
-def image_size(scene: Scene) -> tuple[int, int]:
-    """Width and height of a scene's colour images, read from the first; raises ``ValueError`` if it is unreadable."""
-    path = scene.frames[0].color
-    try:
-        with Image.open(path, formats=IMAGE_FORMATS) as image:
-            return image.size
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} is not a readable image; extract it again ({error})") from None
 
 
 def _camera_samples(
@@ -213,7 +202,7 @@ class ScanRefer(DescriptionTask):
         scene, visibility = find_visible_frames(scene, job, options)
         if options.format == "video3dllm":
             return [(n, _world_sample(scene, job, description, options, visibility)) for n, description in job.items]
-        size = image_size(scene)
+        size = frame_size(scene.frames[0].color)
         return [
             (number, item)
             for number, description in job.items
