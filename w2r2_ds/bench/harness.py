@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from w2r2_ds.utils.gpus import check_gpus
+
 Case = Callable[[], object]
 """Function that runs a benchmark case once. Timed as a whole, unless it returns a `Lap` with the time of a part."""
 
@@ -167,7 +169,8 @@ def _status(name: str) -> int:
 
 
 def find_device() -> torch.device:
-    """Return the GPU if there is one, else the CPU, limited to one thread."""
+    """Return the GPU if there is one, else the CPU, limited to one thread. Raises ValueError if GPUs are hidden."""
+    check_gpus(local_ranks=1)
     if torch.cuda.is_available():
         return torch.device("cuda")
     torch.set_num_threads(1)  # threads that wait for each other on a shared machine would add to the CPU time

@@ -23,6 +23,7 @@ from w2r2_ds.config.schema import RunConfig
 from w2r2_ds.evaluation.scoring import headline
 from w2r2_ds.training.checkpoint.manifest import find_checkpoint, has_checkpoint
 from w2r2_ds.training.deepspeed.process_group import free_port
+from w2r2_ds.utils.gpus import check_gpus
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +59,7 @@ def is_trained(config: RunConfig) -> bool:
 def run_demo() -> None:
     """Run all steps of the demo in runs/demo, in minutes; finished steps are reused."""
     started = time.perf_counter()
+    check_gpus(local_ranks=1)
     config = load_config()
     out = Path(config.out).parent
     adapter, scores = out / "adapter", out / "evaluation"

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
 
+from w2r2_ds.utils.gpus import check_gpus
+
 Result = TypeVar("Result")
 BARRIER_TIMEOUT = timedelta(days=7)
 """Time-out of the collectives of an inference job, whose ranks may finish hours apart.
@@ -82,6 +84,7 @@ def gloo_process_group(ranks: RankInfo) -> Iterator[None]:
     import torch
     import torch.distributed as dist
 
+    check_gpus(ranks.local_world_size)
     if torch.cuda.is_available():
         torch.cuda.set_device(ranks.local_rank)
     if ranks.world_size == 1:

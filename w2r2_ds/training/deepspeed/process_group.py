@@ -13,6 +13,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from w2r2_ds.utils.distributed import RankInfo
+from w2r2_ds.utils.gpus import check_gpus
 
 
 def free_port() -> int:
@@ -67,7 +68,8 @@ def init_process_group(hang_seconds: float = 0.0) -> None:
         hang_seconds: `train.hang_seconds`, see `collective_timeout`.
 
     Raises:
-        ValueError: the master port is taken (without Slurm); or see `use_private_extensions_dir`.
+        ValueError: a rank has no GPU (`check_gpus`); the master port is taken (without Slurm); or see
+            `use_private_extensions_dir`.
         RetryableError: the ranks cannot connect. Under Slurm also if the port is taken: a requeued job has another one.
     """
     import deepspeed
@@ -79,6 +81,7 @@ def init_process_group(hang_seconds: float = 0.0) -> None:
     if "RANK" not in os.environ:
         # No launcher. With port 0 the system chooses a free port, so that several runs fit on a machine.
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    check_gpus(RankInfo.from_environment().local_world_size)
     if torch.cuda.is_available():
         # Before the process group: NCCL communicates on the current device.
         torch.cuda.set_device(RankInfo.from_environment().local_rank)
