@@ -168,7 +168,7 @@ def work(folder: Path) -> None:
         patch.setattr(torch.cuda, "get_device_name", lambda device: ["GPU A", "GPU B"][rank])
         found["resumed"] = sorted(select_kernels("auto", lambda: SHAPES, CUDA, saved))
         if rank == 1:
-            patch.setattr(select, "find_spec", lambda name: None)
+            patch.setattr(select, "import_problem", lambda name: "is not installed" if "liger" in name else "")
         with pytest.raises(ValueError, match="liger-kernel") as caught:
             select_kernels("auto", lambda: SHAPES, CUDA)
         found["error"] = str(caught.value)

@@ -13,8 +13,8 @@ from w2r2_ds.kernels import select
 def machine(monkeypatch: pytest.MonkeyPatch, gpu: bool, *installed: str) -> None:
     """Simulate a machine with or without a CUDA device, with these packages installed."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-    monkeypatch.setattr(select, "triton", object() if "triton" in installed else None)
-    monkeypatch.setattr(select, "find_spec", lambda name: name if name in installed else None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(select, "import_problem", lambda name: "" if name in installed else "is not installed")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
 
 
@@ -54,7 +54,35 @@ def test_attention_implementation(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_logged_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     machine(monkeypatch, False)
-    assert select.describe_attention("auto", torch.float32) == "attention: sdpa (model.attention auto)"
+    line = select.describe_attention("auto", torch.float32)
+    assert line.startswith("attention: sdpa; ") and "batched sdpa" in line and "no CUDA device" in line
+    machine(monkeypatch, True)
+    line = select.describe_attention("auto", torch.bfloat16)
+    assert "torch varlen" in line and "auto: flash-attn is not installed" in line
+    assert "torch varlen" not in select.describe_attention("eager", torch.bfloat16)
+    machine(monkeypatch, True, "flash_attn")
+    assert select.describe_attention("auto", torch.bfloat16).startswith("attention: flash_attention_2 (")
+
+
+def test_flash_attn_that_does_not_import_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(monkeypatch, True)
+    broken = "is installed, but cannot be imported (ImportError: undefined symbol)"
+    monkeypatch.setattr(select, "import_problem", lambda name: broken)
+    assert select.resolve_attention("auto", torch.bfloat16) == "sdpa"
+    assert "undefined symbol" in select.describe_attention("auto", torch.bfloat16)
+    for describe in (select.check_attention, select.describe_attention):
+        with pytest.raises(ValueError, match=r"model\.attention is flash_attention_2.*undefined symbol"):
+            describe("flash_attention_2", torch.bfloat16)
+
+
+def test_flash_attention_needs_a_gpu_and_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(monkeypatch, False, "flash_attn")
+    with pytest.raises(ValueError, match=r"model\.attention.*CUDA"):
+        select.check_attention("flash_attention_2", torch.bfloat16)
+    machine(monkeypatch, True, "flash_attn")
+    with pytest.raises(ValueError, match=r"model\.attention.*bfloat16"):
+        select.check_attention("flash_attention_2", torch.float32)
+    select.check_attention("flash_attention_2", torch.bfloat16)
 
 
 @pytest.mark.parametrize(("trained", "elsewhere"), [("triton", "auto"), ("auto", "auto"), ("torch", "torch")])

@@ -60,7 +60,7 @@ def test_one_file_outside_the_package_adds_a_tracker(tmp_path: Path) -> None:
 def test_a_missing_package_is_an_error_on_every_rank(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, rank: int
 ) -> None:
-    monkeypatch.setattr(trackers, "find_spec", lambda name: None)
+    monkeypatch.setattr(trackers, "import_problem", lambda name: "is not installed")
     with pytest.raises(ValueError, match=rf"train\.trackers: {name} .*w2r2-ds\[{name}\]"):
         MetricsLogger(tmp_path, 3, [name], rank=rank)
 
@@ -153,7 +153,7 @@ def test_trackio_continues_the_run_of_the_same_name(tmp_path: Path, monkeypatch:
     stub = ModuleType("trackio")
     stub.__dict__["init"] = init
     monkeypatch.setitem(sys.modules, "trackio", stub)
-    monkeypatch.setattr(trackers, "find_spec", lambda name: stub)
+    monkeypatch.setattr(trackers, "import_problem", lambda name: "")
     log_steps(tmp_path / "mine", ["trackio"], 0, 1)
     log_steps(tmp_path / "mine", ["trackio"], 1, 2)
     assert calls == [("mine", "never"), (1, 1.5), "finish", ("mine", "allow"), (2, 1.5), "finish"]

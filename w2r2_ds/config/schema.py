@@ -149,7 +149,7 @@ class ModelConfig:
         lora_dropout: dropout rate of the LoRA branches, in the fused pass only.
         dtype: dtype of weights and activations; auto is bfloat16 on a GPU and float32 otherwise.
         attention: attention implementation of transformers, for example sdpa or flash_attention_2; auto is
-            flash_attention_2 on a GPU in bfloat16 if flash_attn is installed, otherwise sdpa.
+            flash_attention_2 on a GPU in bfloat16 if flash-attn can be imported, otherwise sdpa.
         kernels: torch, or triton with own and Liger's kernels (`pip install "w2r2-ds[kernels]"`); auto compares every
             kernel with PyTorch on the GPU at start and uses those that are right and faster, and is torch on a CPU. A
             resumed run reuses the kernels that its checkpoint stores for auto, if the GPU model and the versions of

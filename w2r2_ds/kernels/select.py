@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-from importlib.util import find_spec
 from typing import Literal
 
 import torch
 
-from w2r2_ds.kernels.triton_compat import triton
+from w2r2_ds.utils.packages import import_problem
 
 Backend = Literal["torch", "triton"]
 """Backend of one function that has a Triton kernel."""
@@ -33,10 +32,9 @@ def unavailable(interpreted: bool = False) -> str:
     Args:
         interpreted: accept Triton's interpreter (TRITON_INTERPRET=1) instead of a CUDA device.
     """
-    packages = {"triton": triton, "liger-kernel": find_spec("liger_kernel")}
-    for package, found in packages.items():
-        if found is None:
-            return f'{package} is not installed (pip install "w2r2-ds[kernels]")'
+    for package, module in (("triton", "triton"), ("liger-kernel", "liger_kernel")):
+        if problem := import_problem(module):
+            return f'{package} {problem} (pip install "w2r2-ds[kernels]")'
     if torch.cuda.is_available() or (interpreted and os.environ.get("TRITON_INTERPRET") == "1"):
         return ""
     return "there is no CUDA device"
@@ -65,17 +63,52 @@ def describe_kernels(name: str) -> str:
     return f"torch, since {reason}" if reason else "measured at start"
 
 
+def flash_problem(dtype: torch.dtype) -> str:
+    """Reason why flash_attention_2 cannot run on this machine in this dtype; empty if it can."""
+    if not torch.cuda.is_available():
+        return "there is no CUDA device"
+    if dtype != torch.bfloat16:
+        return "model.dtype is not bfloat16"
+    problem = import_problem("flash_attn")
+    return f"flash-attn {problem}" if problem else ""
+
+
+def check_attention(name: str, dtype: torch.dtype) -> None:
+    """Raise ValueError if `model.attention` is flash_attention_2 and cannot run on this machine."""
+    reason = flash_problem(dtype) if name == "flash_attention_2" else ""
+    if reason:
+        raise ValueError(f"model.attention is flash_attention_2, but {reason}; use --model.attention sdpa (or auto).")
+
+
 def resolve_attention(name: str, dtype: torch.dtype) -> str:
-    """Resolve `model.attention`; auto is flash_attention_2 on a GPU in bfloat16 with flash-attn, else sdpa."""
+    """Resolve `model.attention`; auto is flash_attention_2 if it can run (`flash_problem`), else sdpa."""
     if name != "auto":
         return name
-    runs = torch.cuda.is_available() and dtype == torch.bfloat16 and find_spec("flash_attn") is not None
-    return "flash_attention_2" if runs else "sdpa"
+    return "sdpa" if flash_problem(dtype) else "flash_attention_2"
+
+
+def segment_attention(name: str, dtype: torch.dtype) -> str:
+    """What computes attention within windows, frames and packed sequences (models/attention/varlen.py)."""
+    attention = resolve_attention(name, dtype)
+    if attention != "sdpa":
+        return attention
+    varlen = torch.cuda.is_available() and dtype == torch.bfloat16 and torch.cuda.get_device_capability() >= (8, 0)
+    return "torch varlen" if varlen else "batched sdpa"
 
 
 def describe_attention(name: str, dtype: torch.dtype) -> str:
-    """Description of `model.attention`: resolved, and as configured."""
-    return f"attention: {resolve_attention(name, dtype)} (model.attention {name})"
+    """Description of `model.attention` on this machine: what was chosen, and why.
+
+    Raises:
+        ValueError: see `check_attention`.
+    """
+    check_attention(name, dtype)
+    reason = "set"
+    if name == "auto":
+        reason = f"auto: {flash_problem(dtype) or 'flash-attn works'}"
+    attention, segments = resolve_attention(name, dtype), segment_attention(name, dtype)
+    within = "" if segments == attention else f"; windows and packed sequences: {segments}"
+    return f"attention: {attention}{within} (model.attention {reason})"
 
 
 def resolve_dtype(name: str) -> torch.dtype:

@@ -9,7 +9,7 @@ from w2r2_ds.config.schema import DataConfig, ModelConfig
 from w2r2_ds.features.key import encoder_identity
 from w2r2_ds.features.lookup import FeatureCache
 from w2r2_ds.features.store import FeatureStore
-from w2r2_ds.kernels.select import resolve_attention, resolve_dtype
+from w2r2_ds.kernels.select import resolve_dtype, segment_attention
 from w2r2_ds.models.family import find_family
 from w2r2_ds.models.geometry_encoder import GEOMETRY_ENCODERS
 from w2r2_ds.models.loading import load_model_config, load_vision_spec
@@ -64,7 +64,7 @@ def vision_identity(data: DataConfig, model: ModelConfig) -> str:
         "weights": tensors_digest(model_weights(model.vlm), include=family.tower_weights),
         "pixels": asdict(load_vision_spec(model.vlm)),
         "visual": data.visual,
-        "attention": resolve_attention(model.attention, resolve_dtype(model.dtype)),
+        "attention": segment_attention(model.attention, resolve_dtype(model.dtype)),
     }
     return encoder_identity(fields | _common(data, model))
 

@@ -7,12 +7,12 @@ here: attention kernels of the hub, a PEFT adapter in the model's directory, and
 from __future__ import annotations
 
 import json
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME, find_adapter_config_file
 
+from w2r2_ds.utils.packages import import_problem
 from w2r2_ds.utils.safetensors_io import INDEX, weight_files
 
 CODE_FIELDS = frozenset({"attn_implementation", "_attn_implementation", "experts_implementation"})
@@ -49,17 +49,14 @@ def check_model_files(name: str, attention: str) -> None:
         attention: transformers attention implementation.
 
     Raises:
-        ValueError: the attention is not installed or is code of the hub, there is a PEFT adapter, or the index of the
-            weights lists something other than safetensors files of the same directory.
+        ValueError: the attention's package cannot be imported, the attention is code of the hub, there is a PEFT
+            adapter, or the index of the weights lists something other than safetensors files of the same directory.
     """
     if "/" in attention:
         raise ValueError(f"model.attention {attention} is code of the Hugging Face Hub; choose sdpa")
     package = FLASH_PACKAGES.get(attention, "torch")
-    if find_spec(package) is None:
-        raise ValueError(
-            f"model.attention is {attention}, which needs a package that is not installed ({package}); install it or "
-            "choose sdpa"
-        )
+    if problem := import_problem(package):
+        raise ValueError(f"model.attention is {attention}, but {package} {problem}; install it or choose sdpa")
     if find_adapter_config_file(name) is not None:
         raise ValueError(
             f"{name} holds a PEFT adapter ({ADAPTER_CONFIG_NAME}); pass the model's own directory, and an adapter of "

@@ -24,7 +24,7 @@ from w2r2_ds.data.mixture import Mixture
 from w2r2_ds.data.reraising_loader import ReraisingDataLoader
 from w2r2_ds.data.sampler import GlobalBatchSampler
 from w2r2_ds.data.validate import check_frames, check_sample_texts, describe_frames
-from w2r2_ds.kernels.select import check_kernels, describe_attention, resolve_dtype
+from w2r2_ds.kernels.select import check_attention, check_kernels, describe_attention, resolve_dtype
 from w2r2_ds.models.build import VlmFrontend, build_model, load_frontend
 from w2r2_ds.models.feature_cache import open_cache
 from w2r2_ds.models.lora import trainable_table
@@ -175,6 +175,7 @@ def check_inputs(
     check_trackers(config.train.trackers)
     dtype = resolve_dtype(config.model.dtype)
     check_kernels(config.model.kernels)
+    check_attention(config.model.attention, dtype)
     ds_config = resolve_ds_config(
         load_ds_config(ds_path),
         path=ds_path,

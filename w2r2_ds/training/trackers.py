@@ -9,10 +9,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
+from w2r2_ds.utils.packages import import_problem
 from w2r2_ds.utils.registry import Registry
 
 PROJECT = "w2r2-ds"
@@ -47,17 +47,16 @@ def register_tracker(name: str) -> Callable[[OpenTracker], OpenTracker]:
 
 
 def check_trackers(names: Iterable[str]) -> None:
-    """Check that every tracker is registered and that its package is installed.
+    """Check that every tracker is registered and that its package can be imported.
 
     Raises:
         ValueError: with the first tracker that is not.
     """
     for name in names:
         TRACKERS.find(name, "train.trackers: a name")
-        if name in TRACKER_PACKAGES and find_spec(TRACKER_PACKAGES[name]) is None:
-            raise ValueError(
-                f"train.trackers: {name} needs a package that is not installed: pip install 'w2r2-ds[{name}]'."
-            )
+        problem = import_problem(TRACKER_PACKAGES[name]) if name in TRACKER_PACKAGES else ""
+        if problem:
+            raise ValueError(f"train.trackers: {name} {problem}: pip install 'w2r2-ds[{name}]'.")
 
 
 class _WandbApi:

@@ -75,7 +75,7 @@ def check_precision(config: RunConfig | None) -> CheckResult:
     """Check precision, attention and kernels of a run, if any; list the environment variables of the network."""
     import torch
 
-    from w2r2_ds.kernels.select import describe_kernels, resolve_attention, resolve_dtype
+    from w2r2_ds.kernels.select import describe_attention, describe_kernels, resolve_attention, resolve_dtype
 
     result = CheckResult()
     gpu = torch.cuda.is_available()
@@ -95,11 +95,11 @@ def check_precision(config: RunConfig | None) -> CheckResult:
             "Ampere generation or later, or --model.dtype float32."
         )
     attention = resolve_attention(config.model.attention, resolve_dtype(config.model.dtype))
-    result.info["attention"] = f"{attention} (model.attention {config.model.attention})"
-    if config.model.attention.startswith("flash_attention") and not gpu:
-        result.errors.append(
-            f"model.attention is {config.model.attention}, which needs a GPU; use --model.attention sdpa."
-        )
+    try:
+        described = describe_attention(config.model.attention, resolve_dtype(config.model.dtype))
+        result.info["attention"] = described.removeprefix("attention: ")
+    except ValueError as error:
+        result.errors.append(str(error))
     try:
         kernels = describe_kernels(config.model.kernels)
         result.info["kernels"] = f"{kernels} (model.kernels {config.model.kernels})"
