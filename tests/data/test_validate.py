@@ -196,6 +196,14 @@ def test_a_short_text_is_not_encoded(
     assert len(encoded) == 2 and not any(samples[0].question in text for text in encoded)
 
 
+def test_a_sample_without_an_answer_cannot_be_trained_on(frontend: Any, data_config: Any, samples: list[Any]) -> None:
+    processor = make_processor(frontend, data_config())
+    unanswered = replace(samples[0], answer="")
+    assert check_sample_texts([unanswered], processor, with_answer=False) == 1
+    with pytest.raises(ValueError, match=f"{re.escape(unanswered.id)}.* has no answer"):
+        check_sample_texts([samples[0], unanswered], processor)
+
+
 def test_the_message_has_the_longest_length(frontend: Any, data_config: Any, samples: list[Any]) -> None:
     lengths = [len(make_processor(frontend, data_config())(sample, True).input_ids) for sample in samples]
     with pytest.raises(ValueError) as caught:

@@ -22,9 +22,13 @@ from w2r2_ds.commands.evaluate import run as evaluate_command
 from w2r2_ds.config.schema import SourceConfig
 from w2r2_ds.convert.peft_adapter import export_adapter
 from w2r2_ds.data.dataset import load_mixture
+from w2r2_ds.data.frames.selection import FrameOptions
 from w2r2_ds.data.loader import prompt_loader
+from w2r2_ds.data.prepare.pipeline import prepare
+from w2r2_ds.data.tasks.base import TaskOptions
 from w2r2_ds.evaluation.datasets import all_samples, find_sets
 from w2r2_ds.evaluation.runner import Answerer, evaluate
+from w2r2_ds.evaluation.scoring import NOT_SCORED
 from w2r2_ds.training.checkpoint.manifest import find_checkpoint
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(1200)]
@@ -192,6 +196,24 @@ def test_a_wrong_protocol_raises_before_the_model_is_loaded(
     for protocol, message in (("scanqa/leo", "scores scanqa"), ("vgllm_refined", "needs detected boxes")):
         with pytest.raises(ValueError, match=message):
             evaluate(trained, tmp_path, protocols=[protocol])
+
+
+def test_a_test_split_is_answered_and_not_scored(loaded: Any, trained: Path, tmp_path: Path) -> None:
+    """The command ends with exit code 0."""
+    root = Path(loaded[0].data.root)
+    scene = min(path.name for path in (root / "posed_images").iterdir())
+    (tmp_path / "posed_images").symlink_to(root / "posed_images")
+    (tmp_path / "ScanQA").mkdir()
+    question = {"scene_id": scene, "question_id": "test-0", "question": "What color is it?", "answers": None}
+    (tmp_path / "ScanQA" / "ScanQA_v1.0_test_wo_obj.json").write_text(json.dumps([question]))
+    options = TaskOptions("scanqa", "test_wo_obj", "video3dllm", FrameOptions("uniform", 2))
+    folder = prepare(tmp_path, options, tmp_path / "prepared", quiet=True).folder
+    words = ["--checkpoint", trained, "--root", tmp_path, "--data", folder, "--out", tmp_path, "--max_new_tokens", 2]
+    assert evaluate_main([str(word) for word in words]) == 0
+    (line,) = (tmp_path / "predictions-scanqa-fused.jsonl").read_text().splitlines()
+    assert json.loads(line)["id"] == "test-0" and json.loads(line)["tokens"]
+    scores = json.loads((tmp_path / "scores-scanqa-fused.json").read_text())
+    assert (scores["protocols"], scores["not_scored"], scores["samples"]) == ({}, NOT_SCORED, 1)
 
 
 def test_the_command_scores_saved_answers_with_several_protocols(

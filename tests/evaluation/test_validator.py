@@ -231,6 +231,12 @@ def test_a_question_with_a_special_token_is_rejected_at_once(mixed: list[Any], f
         single_rank(RunConfig(data=data_config(), train=TrainConfig(eval_every=1)), frontend)
 
 
+def test_a_test_split_cannot_validate(mixed: list[Any], frontend: Any, data_config: Any) -> None:
+    mixed[1] = replace(mixed[1], answer="", references=())
+    with pytest.raises(ValueError, match=rf"data\.val: 1 of {len(mixed)} samples .*{re.escape(mixed[1].id)}"):
+        single_rank(RunConfig(data=data_config(), train=TrainConfig(eval_every=1)), frontend)
+
+
 def test_a_validation_set_without_samples_is_rejected(
     frontend: Any, data_config: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 from w2r2_ds.config.schema import DataConfig, RunConfig
 from w2r2_ds.data.loader import make_processor, prompt_loader
 from w2r2_ds.data.mixture import Mixture
+from w2r2_ds.data.prepare.notes import preparation_notes
 from w2r2_ds.data.prepared_set import PreparedSet
 from w2r2_ds.data.processor import Features
 from w2r2_ds.data.validate import check_frames, check_sample_texts
@@ -126,6 +127,7 @@ def evaluate(
             return {}
         records = partial.merge([sample.id for sample in samples])
         write_records(out / f"predictions-{name}.jsonl", records)
+        notes = preparation_notes(whole, config.data.root)
         scores = {
             "task": sets[0].task,
             "geometry": geometry,
@@ -134,8 +136,11 @@ def evaluate(
             "samples": len(records),
             "of": len(whole),
             "max_new_tokens": max_new_tokens,
+            "notes": notes,
             "protocols": score_records(records, protocol_names, boxes) if is_scored else {},
         }
+        for note in notes:
+            logger.warning("%s", note)
         if not is_scored:
             scores["not_scored"] = NOT_SCORED
             logger.warning("%s: %s", out / f"predictions-{name}.jsonl", NOT_SCORED)

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from w2r2_ds.config.schema import RunConfig
 from w2r2_ds.data.dataset import load_mixture
 from w2r2_ds.data.loader import make_processor, prompt_loader
+from w2r2_ds.data.prepare.notes import preparation_notes
 from w2r2_ds.data.validate import check_frames, check_sample_texts
 from w2r2_ds.evaluation.predictions.record import record_of
 from w2r2_ds.evaluation.protocols.records import AnswerRecord
@@ -70,6 +71,8 @@ class AnswerValidation:
         if rank == 0:
             self.check_scores()
             fewer = f" (data.val has fewer than train.eval_samples {wanted})" if len(available) < wanted else ""
+            for note in preparation_notes(available, config.data.root):
+                logger.warning("validation: %s", note)
             logger.info("validation: %d samples%s, best by %s", len(self.samples), fewer, self.best_by)
         self.subset = rank_subset(len(self.samples), config.train.micro_batch, rank, world_size)
         own = [self.samples[index] for index in self.subset.indices]

@@ -21,6 +21,7 @@ from w2r2_ds.data.answer_tokens import require_digit_tokens
 from w2r2_ds.data.dataset import check_frames_are_shared, digests, load_mixture
 from w2r2_ds.data.loader import choose_grouping, make_processor, train_loader
 from w2r2_ds.data.mixture import Mixture
+from w2r2_ds.data.prepare.notes import preparation_notes
 from w2r2_ds.data.reraising_loader import ReraisingDataLoader
 from w2r2_ds.data.sampler import GlobalBatchSampler
 from w2r2_ds.data.validate import check_frames, check_sample_texts, describe_frames
@@ -200,6 +201,8 @@ def check_inputs(
     check_sample_texts(samples, processor, rank, world_size)
     if rank == 0:
         logger.info("%s", describe_frames(samples, processor))
+        for note in preparation_notes(samples, config.data.root):
+            logger.warning("training: %s", note)
         if frontend.cache is not None:
             logger.info("%s", describe_cache(frontend.cache.store))
     device = torch.device(get_accelerator().current_device_name())

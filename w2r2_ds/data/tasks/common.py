@@ -40,8 +40,8 @@ SCANREFER_ACCESS = "ScanRefer: fill in its form (https://github.com/daveredrum/S
 SCANQA_ACCESS = "ScanQA: its public download (https://github.com/ATR-DBI/ScanQA)"
 EMBODIEDSCAN = "EmbodiedScan: fill in its form (https://github.com/OpenRobotLab/EmbodiedScan, data/README.md)"
 PROPOSALS = (
-    "boxes of Mask3D's masks in LEO's release (https://github.com/embodied-generalist/embodied-generalist); "
-    "docs/guides/own-dataset.md has the format"
+    "metadata/scannet_val_pred_box.json of Video-3D-LLM's data "
+    "(https://huggingface.co/datasets/zd11024/Video-3D-LLM_data); docs/guides/own-dataset.md has the format"
 )
 
 

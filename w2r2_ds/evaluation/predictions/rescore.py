@@ -13,6 +13,7 @@ import numpy as np
 from pydantic import TypeAdapter
 
 from w2r2_ds.config.schema import DataConfig
+from w2r2_ds.data.prepare.notes import preparation_notes
 from w2r2_ds.data.prepared_set import PreparedSet
 from w2r2_ds.data.sources.validation import validate
 from w2r2_ds.evaluation.datasets import all_samples, describe_sets, find_sets
@@ -71,7 +72,8 @@ def score_file(
     Returns:
         ``file``, ``sha256``, ``format``, ``task``, ``data``, ``samples``, ``missing`` (items without a prediction),
         ``unmatched`` (number of predictions of unknown items), ``repeated`` (number of repeated lines), ``empty``
-        (number of failures whose item is unknown; their items are ``missing``), ``protocols``.
+        (number of failures whose item is unknown; their items are ``missing``), ``notes`` (see `preparation_notes`),
+        ``protocols``.
 
     Raises:
         ValueError: a field is missing or has another type (the message names file, line and field), or two predictions
@@ -84,6 +86,8 @@ def score_file(
         records, counts, sets = _own_records(file, format_name, task, protocols, boxes is not None)
     else:
         records, counts, sets = _joined_records(file, format_name, task, data, root)
+    data_root = root or DataConfig().root
+    notes = [note for each in sets for note in preparation_notes(each, data_root)]
     is_scored = not records or are_annotated(records)  # without records, scoring raises the error
     scores = {
         "file": str(file),
@@ -94,8 +98,11 @@ def score_file(
         "samples": len(records),
         "missing": sum(record["text"] is None for record in records),
         **counts,
+        "notes": notes,
         "protocols": score_records(records, protocols, boxes) if is_scored else {},
     }
+    for note in notes:
+        logger.warning("%s", note)
     if not is_scored:
         scores["not_scored"] = NOT_SCORED
         logger.warning("%s: %s", file, NOT_SCORED)
