@@ -10,7 +10,7 @@ import json
 import pickle
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -94,11 +94,13 @@ def work(folder: Path) -> None:
     skip_shm_build()
     deepspeed.init_distributed()
     case, model_config, samples, ds_configs = pickle.loads((folder / "cases.pkl").read_bytes())
-    config, frontend = step_config(case, model_config), load_frontend(model_config)
+    base, frontend = step_config(case, model_config), load_frontend(model_config)
+    config = base
     (batch,) = batches_of(case, dist.get_rank(), samples, frontend, config)
     found = {}
     for name, raw in ds_configs.items():
         sizes = {"global_batch": config.train.global_batch, "micro_batch": config.train.micro_batch}
+        config = replace(base, train=replace(base.train, shard_vision_tower=name != "whole tower"))
         ds_config = resolve_ds_config(raw, path=name, world_size=2, bf16=False, **sizes)
         keep_alive = HfDeepSpeedConfig(ds_config)
         model = build_model(config.model, torch.device("cpu"), 1)
@@ -106,9 +108,12 @@ def work(folder: Path) -> None:
         del keep_alive
         for _ in range(STEPS):
             with record_gathers(model) as last:
-                engine.backward(engine(batch)[0])
+                loss = engine(batch)[0]
+                engine.backward(loss)
                 engine.step()
-        found[name] = vars(last) | {"gathered": [last.gathered[i] for i in range(max(last.gathered) + 1)]}
+        found[name] = (
+            vars(last) | {"loss": float(loss)} | {"gathered": [last.gathered[i] for i in range(max(last.gathered) + 1)]}
+        )
         engine.destroy()
     if dist.get_rank() == 0:
         (folder / "found.json").write_text(json.dumps(found))

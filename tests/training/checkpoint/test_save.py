@@ -54,6 +54,7 @@ def test_resuming_may_change_logging_saving_and_paths(trained: Path) -> None:
         "activation_checkpointing": True,
         "recompute_every": 3,
         "offload_activations": True,
+        "shard_vision_tower": False,
     }
     check_same_run(saved, replace(config, train=replace(config.train, **exact)))
     check_same_run(

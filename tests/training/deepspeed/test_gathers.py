@@ -54,7 +54,7 @@ def found(tmp_path_factory: pytest.TempPathFactory, samples: list[Any], model_co
     path = build_tiny_vlm(folder / "vlm", texts, 3, layers=LAYERS, **sizes)
     first = meta_model(path).model.language_model.layers[0]
     layer = sum(parameter.numel() for parameter in first.parameters()) + lora_numel(first, model_config.lora_rank)
-    configs = {"shipped": scaled(layer), "small bucket": scaled(layer, **SMALL)}
+    configs = {"shipped": scaled(layer), "small bucket": scaled(layer, **SMALL), "whole tower": scaled(layer)}
     case = Case("gathers", [[["four"]], [["three"]]], checkpointing=True)
     config = replace(model_config, vlm=str(folder / "vlm"))
     named = {sample.id: sample for sample in samples}
@@ -81,6 +81,12 @@ def test_a_block_of_the_vision_tower_is_fetched_at_once(found: dict[str, Any]) -
     """One fetch per block and encode, instead of one per norm and linear layer (8); and those of its other layers."""
     patch_embedding, merger = 1, 3
     assert found["shipped"]["tower"] == patch_embedding + VISION_DEPTH + merger
+
+
+def test_a_whole_vision_tower_is_not_gathered(found: dict[str, Any]) -> None:
+    assert found["whole tower"]["tower"] == 0
+    assert found["whole tower"]["gathered"] == found["shipped"]["gathered"]
+    assert found["whole tower"]["loss"] == found["shipped"]["loss"]
 
 
 def test_few_layers_are_gathered_at_once(found: dict[str, Any]) -> None:

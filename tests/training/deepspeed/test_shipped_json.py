@@ -17,6 +17,8 @@ FILES = sorted((Path(__file__).parents[3] / "ds_configs").glob("*.json"))
 STEPS = 2
 OFFLOADED = "recomputed"
 """zero3 with every second decoder layer recomputed, and inputs in host memory."""
+WHOLE = "whole tower"
+"""zero3 with a whole vision tower on every rank."""
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +33,7 @@ def losses(world: World, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     less = {f"train__{name}": True for name in ("activation_checkpointing", "offload_activations")}
     runs: list[tuple[str, Path, dict[str, object]]] = [
         (OFFLOADED, FILES[0].with_name("zero3.json"), less | {"train__recompute_every": 2}),
+        (WHOLE, FILES[0].with_name("zero3.json"), {"train__shard_vision_tower": False}),
         *((file.stem, file, {}) for file in FILES if file.stem != "zero3_hpz"),
         # Last: DeepSpeed keeps its group of ranks for the rest of the process, and a later engine would use it.
         ("zero3_hpz", folder / "zero3_hpz.json", {}),
@@ -51,11 +54,11 @@ def losses(world: World, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     return {job.name: read_metrics(folder / job.name) for job in jobs}
 
 
-@pytest.mark.parametrize("name", [*(file.stem for file in FILES), OFFLOADED])
+@pytest.mark.parametrize("name", [*(file.stem for file in FILES), OFFLOADED, WHOLE])
 def test_every_file_trains_with_equal_results(losses: dict[str, list[dict[str, Any]]], name: str) -> None:
     """float32 on two ranks: only the order of sums differs between ZeRO-2 and ZeRO-3."""
     # Offloading and recomputation do not change the losses otherwise.
-    exact = name in ("zero3_hpz", OFFLOADED)
+    exact = name in ("zero3_hpz", OFFLOADED, WHOLE)
     assert [line["step"] for line in losses[name]] == list(range(1, STEPS + 1))
     for line, reference in zip(losses[name], losses["zero3"], strict=True):
         for part in ("loss", "align", "push", "grad_norm"):

@@ -17,7 +17,7 @@ MAY_CHANGE = {
     "data": {"root", "workers", "decode_threads", "prefetch", "packing", "cache", "cache_gib", "cached_features"},
     "model": {"vlm", "geometry.path", "merger", "attention", "kernels"},
     "objective": {"decode_gap_every", "decode_gap_samples"},
-    "train": {"micro_batch", "save_every", "keep_last", "trackers", "hang_seconds", "pass_order"}
+    "train": {"micro_batch", "save_every", "keep_last", "trackers", "hang_seconds", "pass_order", "shard_vision_tower"}
     | {"activation_checkpointing", "recompute_every", "offload_activations"}
     | {"eval_every", "eval_samples", "eval_max_new_tokens", "best_by"},
 }

@@ -21,6 +21,7 @@ from w2r2_ds.models.build import VlmFrontend
 from w2r2_ds.models.w2r2 import W2R2
 from w2r2_ds.objective.scorer import Scorer
 from w2r2_ds.training.activation_checkpointing import recompute
+from w2r2_ds.training.deepspeed.whole_tower import keep_tower_whole
 from w2r2_ds.training.optimizer import make_lr_scheduler, make_optimizer
 from w2r2_ds.training.step import W2R2Step
 from w2r2_ds.utils.sanitize import one_line
@@ -63,6 +64,8 @@ def make_engine(
     zero3 = ds_config.get("zero_optimization", {}).get("stage") == 3
     if zero3:
         release_base_weights(model.family.language_model(model.base))
+        if not config.train.shard_vision_tower:
+            keep_tower_whole(model, device)
     step = W2R2Step(model, config, scorer, zero3)
     step.train()
     if config.train.activation_checkpointing:
@@ -73,8 +76,9 @@ def make_engine(
     # frozen embedding has no gradient, so without this the hook of the first layer would not run.
     model.base.enable_input_require_grads()
     if leaf_modules is None:
-        leaf_modules = zero3_leaf_modules(model, step.push_term.stop_gradient)
-    set_z3_leaf_modules(model, list(leaf_modules))
+        leaf_modules = zero3_leaf_modules(model, step.push_term.stop_gradient, config.train.shard_vision_tower)
+    if leaf_modules:
+        set_z3_leaf_modules(model, list(leaf_modules))
     optimizer = make_optimizer(model, config.train)
     schedule = make_lr_scheduler(optimizer, config.train)
     # The optimizer has trained parameters only, so ZeRO makes master weights and moments for these only.
@@ -104,17 +108,18 @@ def initialize(ds_path: str | Path, **arguments: Any) -> DeepSpeedEngine:
     return engine
 
 
-def zero3_leaf_modules(model: W2R2, stop_gradient: bool) -> list[type[nn.Module]]:
+def zero3_leaf_modules(model: W2R2, stop_gradient: bool, tower: bool = True) -> list[type[nn.Module]]:
     """Classes whose modules ZeRO-3 gathers whole: one fetch per block instead of one per Linear.
 
     Args:
         model: the composed model.
         stop_gradient: whether the shortcut pass has no graph. Otherwise decoder layers cannot be leaf modules: a leaf
             reduces its gradients at every backward call, and two graphs are two calls.
+        tower: whether the vision tower is sharded.
     """
     decoder_layer = type(model.family.language_model(model.base).layers[0])
     tower_block = type(model.family.tower_blocks(model.base)[0])
-    return [tower_block, decoder_layer] if stop_gradient else [tower_block]
+    return [tower_block] * tower + [decoder_layer] * stop_gradient
 
 
 def release_base_weights(language_model: nn.Module) -> None:
