@@ -108,7 +108,7 @@ def test_settings_of_the_encoder_are_in_cache_key_and_checkpoint(
     model = build_model(run.model, torch.device("cpu"), 0)
     saved = json.loads(json.dumps(model.fingerprint))  # as in a checkpoint's manifest
     assert set(vars(model.geometry)) == {"config", "dtype", "device", "spec"}, "the interface has no other attributes"
-    check_fingerprint(saved, model, Path("checkpoint.json"))
+    check_fingerprint(saved, model.fingerprint, Path("checkpoint.json"))
     assert saved["geometry_encoder"] == "frame_difference" and saved["geometry_layers"] == [0, 2]
     assert saved["geometry_features"] == 6 and saved["geometry_patch_size"] == 16
     own = geometry_identity(run.data, run.model)
@@ -124,11 +124,11 @@ def test_settings_of_the_encoder_are_in_cache_key_and_checkpoint(
         assert own != changed != geometry_identity(run.data, other), "`layers` of the identity is not that of the key"
         model.fingerprint = fingerprint(run.model)
         with pytest.raises(ValueError, match=r"checkpoint\.json: model\.geometry_identity is"):
-            check_fingerprint(saved, model, Path("checkpoint.json"))
+            check_fingerprint(saved, model.fingerprint, Path("checkpoint.json"))
     monkeypatch.setattr(encoder, "read_spec", classmethod(lambda cls, config: GeometrySpec(8, 6)))
     model.fingerprint = fingerprint(run.model)
     with pytest.raises(ValueError, match=r"checkpoint\.json: model\.geometry_patch_size is 16"):
-        check_fingerprint(saved, model, Path("checkpoint.json"))
+        check_fingerprint(saved, model.fingerprint, Path("checkpoint.json"))
 
 
 def test_frame_width_must_be_a_multiple_of_the_encoders_patch(config: Callable[..., RunConfig]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ import torch.distributed as dist
 
 from prepared_sets import write_prepared
 from runs import ZERO3, World
-from w2r2_ds.config.io import DEMO_RECIPE, load_config
+from w2r2_ds.config.io import DEMO_RECIPE, load_config, save_config
+from w2r2_ds.data.dataset import digests, load_mixture
 from w2r2_ds.data.prepared_set import PreparedSet
 from w2r2_ds.evaluation.validator import AnswerValidation
+from w2r2_ds.models.build import fingerprint
 from w2r2_ds.training import build
 from w2r2_ds.training.checkpoint.manifest import step_folder, write_manifest
 
@@ -80,13 +83,57 @@ def test_wrong_options_raise(
     assert said in build_error(world, tmp_path / "out", **changes)
 
 
+def write_checkpoint(world: World, out: Path, **changes: object) -> None:
+    """Manifest and configuration of a checkpoint of the run; `changes` of the manifest."""
+    config = load_config(DEMO_RECIPE, world.arguments(out))
+    checkpoint = step_folder(out, 10)
+    checkpoint.mkdir(parents=True)
+    save_config(config, checkpoint / "config.yaml")
+    manifest = {
+        "world_size": 1,
+        "zero_stage": 3,
+        "model": fingerprint(config.model),
+        "data": digests(load_mixture(config.data, "train")),
+    }
+    write_manifest(checkpoint, manifest | changes, {})
+
+
+@pytest.mark.parametrize(
+    ("saved", "changes", "names"),
+    [
+        ({}, {"model__lora_rank": 3}, ["model.lora_rank", "checkpoint.json"]),
+        ({}, {"model__fusion": "gated"}, ["model.fusion", "checkpoint.json"]),
+        ({}, {"train__merger_lr": 2e-5}, ["train.merger_lr", "config.yaml"]),
+        ({}, {"train__seed": 5}, ["train.seed", "config.yaml"]),
+        ({}, {"objective__mu": 0.5}, ["objective.mu", "config.yaml"]),
+        ({}, {"data__frame_width": 112}, ["data.frame_width", "config.yaml"]),
+        ({}, {"data__train": "[{path: prepared/scanrefer/val}]"}, ["data.train", "config.yaml"]),
+        ({"model": {"vlm_weights": "0"}}, {}, ["model.vlm_weights", "checkpoint.json"]),
+        ({"data": ["of other samples"]}, {}, ["prepared/scanrefer/train"]),
+        ({"zero_stage": 2}, {}, ["ZeRO stage 2"]),
+        ({"zero_stage": 0, "world_size": 2}, {}, ["without ZeRO"]),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_resumed_is_an_error_before_the_weights(
+    world: World,
+    tmp_path: Path,
+    one_process: None,
+    saved: dict[str, object],
+    changes: dict[str, object],
+    names: list[str],
+) -> None:
+    write_checkpoint(world, tmp_path, **saved)
+    config = load_config(DEMO_RECIPE, world.arguments(tmp_path, resume="auto", **changes))
+    with pytest.raises(ValueError, match=re.escape(names[0])) as caught:
+        build.build_run(config, str(ZERO3), AnswerValidation)
+    assert all(name in str(caught.value) for name in names) and "\n" not in str(caught.value)
+
+
 def test_a_resumed_run_builds_its_model_with_the_kernels_of_the_checkpoint(
     world: World, tmp_path: Path, one_process: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kernels = {"names": ["swiglu"], "device": "GPU A"}
-    checkpoint = step_folder(tmp_path, 10)
-    checkpoint.mkdir(parents=True)
-    write_manifest(checkpoint, {"world_size": 1, "zero_stage": 3, "kernels": kernels}, {})
+    write_checkpoint(world, tmp_path, kernels=kernels)
     passed: list[Any] = []
 
     def built(*arguments: Any) -> None:

@@ -20,11 +20,11 @@ from safetensors.torch import load_file, save_file
 from w2r2_ds.config.io import from_tree, relocated
 from w2r2_ds.config.io import load_config as load_run_config
 from w2r2_ds.config.schema import RunConfig
-from w2r2_ds.models.build import build_model
+from w2r2_ds.models.build import build_model, fingerprint
 from w2r2_ds.models.merger_io import MERGER, load_merger, merger_tensors
 from w2r2_ds.models.w2r2 import W2R2
 from w2r2_ds.training.checkpoint.compat import check_fingerprint
-from w2r2_ds.training.checkpoint.manifest import find_checkpoint, read_manifest
+from w2r2_ds.training.checkpoint.manifest import MANIFEST, find_checkpoint, read_manifest
 from w2r2_ds.training.checkpoint.weights import load_trainable
 from w2r2_ds.utils.json_io import read_json_object
 from w2r2_ds.utils.output_folder import new_folder
@@ -91,6 +91,7 @@ def export_adapter(path: Path, out: Path, vlm: str | None = None, geometry_path:
         # PEFT and the evaluation load the base models by these names, also from another working directory.
         models = config.model
         config = relocated(config, vlm=_absolute(models.vlm), geometry_path=_absolute(models.geometry.path))
+        check_fingerprint(read_manifest(checkpoint)["model"], fingerprint(config.model), checkpoint / MANIFEST)
         model = build_model(config.model, torch.device("cpu"), config.train.seed)
         load_trainable(checkpoint, model)
         # LoRA does not train the embedding layers; without the option peft may add both matrices to the adapter.
@@ -184,8 +185,8 @@ def load_adapter(path: Path, config: RunConfig, device: torch.device) -> W2R2:
         ValueError: a file is missing or broken, or does not have exactly the tensors of this model.
     """
     content = read_card(path)
+    check_fingerprint(content["model"], fingerprint(config.model), path / ADAPTER_CARD)
     model = build_model(config.model, device, config.train.seed)
-    check_fingerprint(content["model"], model, path / ADAPTER_CARD)
     load_lora(cast(PeftModel, model.vlm), path / LORA)
     load_merger(model, path / MERGER)
     return model

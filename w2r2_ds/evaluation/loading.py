@@ -10,10 +10,11 @@ import torch
 from w2r2_ds.config.io import load_config, relocated
 from w2r2_ds.config.schema import RunConfig
 from w2r2_ds.convert.peft_adapter import ADAPTER_CARD, adapter_config, load_adapter
-from w2r2_ds.models.build import VlmFrontend, build_model
+from w2r2_ds.models.build import VlmFrontend, build_model, fingerprint
 from w2r2_ds.models.feature_cache import open_cache
 from w2r2_ds.models.w2r2 import W2R2
-from w2r2_ds.training.checkpoint.manifest import TENSORS, find_checkpoint
+from w2r2_ds.training.checkpoint.compat import check_fingerprint
+from w2r2_ds.training.checkpoint.manifest import MANIFEST, TENSORS, find_checkpoint, read_manifest
 from w2r2_ds.training.checkpoint.weights import load_trainable
 from w2r2_ds.utils.hashing import files_sha256
 
@@ -51,8 +52,11 @@ def trained_model(path: Path, config: RunConfig) -> W2R2:
     if (path / ADAPTER_CARD).is_file():
         model = load_adapter(path, config, device)
     else:
+        checkpoint = find_checkpoint(path)
+        # Before gigabytes are loaded.
+        check_fingerprint(read_manifest(checkpoint)["model"], fingerprint(config.model), checkpoint / MANIFEST)
         model = build_model(config.model, device, config.train.seed)
-        load_trainable(find_checkpoint(path), model)
+        load_trainable(checkpoint, model)
     return model.to(device).eval()
 
 

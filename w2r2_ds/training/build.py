@@ -32,6 +32,7 @@ from w2r2_ds.models.lora import trainable_table
 from w2r2_ds.models.w2r2 import W2R2
 from w2r2_ds.objective.push_terms import build_push_term
 from w2r2_ds.training.cache_stats import describe_cache
+from w2r2_ds.training.checkpoint.compat import check_resumable
 from w2r2_ds.training.checkpoint.ownership import OwnershipToken
 from w2r2_ds.training.checkpoint.resume import StartPoint, find_start, resume, take_over
 from w2r2_ds.training.decode_gap import DecodeGap
@@ -138,7 +139,7 @@ def build_run(config: RunConfig, ds_path: str, make_validation: MakeValidation) 
     # The model is built with the same seed on all ranks. From here on ranks draw different dropout masks.
     torch.manual_seed(config.train.seed + rank)
     data_digests = digests(inputs.samples)
-    start_step = resume(engine, start_point, config, data_digests) if start_point.checkpoint else 0
+    start_step = resume(engine, start_point, config) if start_point.checkpoint else 0
     # Not earlier: if `resume` raises, the run must stay with its previous owner.
     token = take_over(config, start_point)
     if rank == 0:
@@ -192,6 +193,9 @@ def check_inputs(
     frontend = replace(frontend, cache=open_cache(config.data, config.model))
     check_objective(config, frontend)
     samples = load_mixture(config.data, "train")
+    if start_point.checkpoint is not None:
+        zero_stage = ds_config.get("zero_optimization", {}).get("stage", 0)
+        check_resumable(start_point.checkpoint, config, zero_stage, digests(samples))
     check_frames_are_shared(samples, config.data.questions_per_scene)
     processor = make_processor(frontend, config.data)
     logger.info("%s", describe_attention(config.model.attention, dtype))

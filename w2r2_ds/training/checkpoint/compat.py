@@ -10,8 +10,8 @@ from typing import Any
 from w2r2_ds.config.io import load_config
 from w2r2_ds.config.options import options
 from w2r2_ds.config.schema import RunConfig
-from w2r2_ds.models.w2r2 import W2R2
-from w2r2_ds.training.checkpoint.manifest import read_manifest
+from w2r2_ds.models.build import fingerprint
+from w2r2_ds.training.checkpoint.manifest import MANIFEST, read_manifest
 
 MAY_CHANGE = {
     "data": {"root", "workers", "decode_threads", "prefetch", "packing", "cache", "cache_gib", "cached_features"},
@@ -27,18 +27,41 @@ All options of the sections that are not listed may change too.
 """
 
 
-def check_fingerprint(saved: dict[str, Any], model: W2R2, source: Path) -> None:
+def check_resumable(path: Path, config: RunConfig, zero_stage: int, data: Sequence[str]) -> None:
+    """Check that a run may resume from a checkpoint, before any weights are loaded.
+
+    Args:
+        path: folder of the checkpoint.
+        config: run configuration.
+        zero_stage: ZeRO stage of the DeepSpeed JSON.
+        data: digests of the training sets, in the order of `data.train` (`data.dataset.digests`).
+
+    Raises:
+        ValueError: the checkpoint is of another run, model, training set or ZeRO stage.
+    """
+    saved = read_manifest(path)
+    check_fingerprint(saved["model"], fingerprint(config.model), path / MANIFEST)
+    check_same_run(path, config)
+    check_same_data(path, config, data)
+    if saved["zero_stage"] != zero_stage:
+        raise ValueError(
+            f"{path} was saved with ZeRO stage {saved['zero_stage']} and cannot be resumed with stage {zero_stage}; "
+            "use the DeepSpeed JSON of its training."
+        )
+
+
+def check_fingerprint(saved: dict[str, Any], configured: dict[str, Any], source: Path) -> None:
     """Check that trained weights fit a model.
 
     Args:
         saved: fingerprint in the manifest (`models.build.fingerprint`).
-        model: the configured model.
+        configured: fingerprint of the configured model.
         source: file of the saved fingerprint, for the message.
 
     Raises:
         ValueError: with the first field that differs.
     """
-    for field, value in model.fingerprint.items():
+    for field, value in configured.items():
         if saved.get(field) != value:
             raise ValueError(
                 f"{source}: model.{field} is {saved.get(field)!r}, but the configured model has {value!r}; "

@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import secrets
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from io import StringIO
@@ -26,7 +26,6 @@ import torch
 import torch.distributed as dist
 
 from w2r2_ds.config.schema import RunConfig
-from w2r2_ds.training.checkpoint.compat import check_fingerprint, check_same_data, check_same_run
 from w2r2_ds.training.checkpoint.deepspeed_io import (
     ENGINE,
     SafeCheckpointEngine,
@@ -36,7 +35,6 @@ from w2r2_ds.training.checkpoint.deepspeed_io import (
 )
 from w2r2_ds.training.checkpoint.manifest import (
     BEST,
-    MANIFEST,
     PARTIAL,
     best_checkpoint,
     has_checkpoint,
@@ -156,31 +154,19 @@ def take_over(config: RunConfig, start: StartPoint) -> OwnershipToken:
     return on_rank_zero(claim)
 
 
-def resume(engine: DeepSpeedEngine, start: StartPoint, config: RunConfig, data: Sequence[str]) -> int:
+def resume(engine: DeepSpeedEngine, start: StartPoint, config: RunConfig) -> int:
     """Load weights, optimizer, schedule and random state; return the number of completed optimizer steps. Collective.
 
     Args:
         engine: a new engine; its trained weights and states are replaced.
-        start: result of `find_start`, with a checkpoint.
+        start: result of `find_start`, with a checkpoint that passed `check_resumable`.
         config: run configuration.
-        data: digests of the training sets (`data.loader.digests`).
 
     Raises:
-        ValueError: the checkpoint is of another model, run or ZeRO stage.
+        ValueError: the disk is too full to convert the checkpoint for another number of ranks.
     """
     path = start.checkpoint
     assert path is not None
-    # All ranks read the same files, so these checks raise on all ranks or on none.
-    saved = read_manifest(path)
-    check_fingerprint(saved["model"], engine.module.model, path / MANIFEST)
-    check_same_run(path, config)
-    check_same_data(path, config, data)
-    stage = engine.zero_optimization_stage()
-    if saved["zero_stage"] != stage:
-        raise ValueError(
-            f"{path} was saved with ZeRO stage {saved['zero_stage']} and cannot be resumed with stage {stage}; use the "
-            "DeepSpeed JSON of its training."
-        )
     engine.checkpoint_engine = SafeCheckpointEngine()
     # Not strict: the shards have trained tensors only; the frozen weights were loaded with the model.
     if not start.needs_conversion:
@@ -190,7 +176,7 @@ def resume(engine: DeepSpeedEngine, start: StartPoint, config: RunConfig, data: 
         logger.info("%s was written by %d rank(s); converting it for %d", path, start.world_size, dist.get_world_size())
         with converted(path) as folder, restore_group_options(engine), safe_loading():
             engine.load_checkpoint(str(folder), tag=ENGINE, load_module_strict=False)
-    step = int(saved["step"])
+    step = int(read_manifest(path)["step"])
     # A rank beyond the number of ranks that saved has no random state: it gets a new one, different for every step.
     random_state = path / f"rng-{dist.get_rank()}.pt"
     if random_state.is_file():

@@ -34,7 +34,7 @@ def load_trainable(path: Path, model: W2R2) -> None:
         ValueError: the file does not have the SHA-256 of the manifest, the fingerprint is of another model, or names
             or shapes differ.
     """
-    check_fingerprint(read_manifest(path)["model"], model, path / MANIFEST)
+    check_fingerprint(read_manifest(path)["model"], model.fingerprint, path / MANIFEST)
     problem = verify(path, only={TENSORS})
     if problem is not None:
         raise ValueError(f"{problem.removesuffix('.')}; copy the checkpoint again.")
