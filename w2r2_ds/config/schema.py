@@ -73,7 +73,7 @@ class DataConfig:
         questions_per_scene: number of questions about the same frames that share one visual prefix in one sequence
             (scene packing). train.micro_batch must be a multiple. Loss and gradient of each sample are unchanged. 1
             disables scene packing.
-        packing: concatenate the samples of a micro-batch into one sequence without padding.
+        packing: concatenate the samples of a micro-batch into one sequence, without padding between them.
         prefetch: micro-batches that each DataLoader worker prepares ahead, in shared memory.
         cache: folder of the feature cache for the frozen encoders; empty for none. Training and evaluation read it and
             add missing features; `launchers/prepare.py geometry` fills it ahead of time. Several runs may share it.

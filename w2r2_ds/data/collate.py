@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 from w2r2_ds.data.answer_labels import collate_answer_positions, collate_description_positions
@@ -24,7 +25,7 @@ from w2r2_ds.data.packing import (
 from w2r2_ds.data.processor import Features
 from w2r2_ds.models.family import VlmFamily
 from w2r2_ds.models.frame_pixels import even_size
-from w2r2_ds.types.batch import Batch, Prompts, Tokens, Visuals
+from w2r2_ds.types.batch import Batch, Layout, Prompts, Tokens, Visuals
 from w2r2_ds.types.geometry import GeometrySpec
 from w2r2_ds.types.sample import Sample
 from w2r2_ds.types.vision import VisionSpec
@@ -56,6 +57,7 @@ class Collator:
         with_prompts: also make `Batch.prompts`, to decode answers during training.
         grouping: partition of the samples into groups with a common prefix, for one packed sequence; None for padded
             sequences.
+        pad_to_multiple_of: the length of training sequences is rounded up to a multiple of it.
     """
 
     def __init__(
@@ -68,10 +70,12 @@ class Collator:
         family: VlmFamily,
         with_prompts: bool = False,
         grouping: Grouping | None = None,
+        pad_to_multiple_of: int = 1,
     ) -> None:
         assert grouping is None or position_ids is not None, "prompts for generation are not packed"
         self.pad_id, self.kind, self.position_ids, self.with_prompts = pad_id, kind, position_ids, with_prompts
         self.vision, self.family, self.grouping = vision, family, grouping
+        self.pad_to_multiple_of = pad_to_multiple_of
         self.dummy = dummy_visuals(kind, vision, geometry, family)
 
     def __call__(self, features: Sequence[Features]) -> Batch:
@@ -85,11 +89,12 @@ class Collator:
         # All members of a group have the same frames; the encoders run on those of its first member.
         visuals = self._visuals([features[group.members[0]] for group in groups])
         if self.grouping is None:
-            tokens = self._padded(features, left=not training)
+            # The lengths of prompts are not rounded: every decoded token has another number of keys anyway.
+            tokens = self._padded(features, left=not training, multiple=self.pad_to_multiple_of if training else 1)
             layout, placements = padded_layout(features, tokens.attention_mask)
         else:
-            tokens = _packed(groups, features)
             layout, placements = packed_layout(groups, features)
+            tokens, layout = self._packed(groups, features, layout)
         sets = _frame_sets(groups, features)
         samples = [f.sample for f in features]
         return Batch(
@@ -115,12 +120,30 @@ class Collator:
             prompts=self._prompts(features, sets) if self.with_prompts else None,
         )
 
-    def _padded(self, features: Sequence[Features], left: bool) -> Tokens:
-        """One sequence per sample, padded to the longest, on the left or on the right."""
-        return Tokens(
+    def _padded(self, features: Sequence[Features], left: bool, multiple: int = 1) -> Tokens:
+        """One sequence per sample, on the left or on the right padded to the longest, rounded up to a multiple."""
+        tokens = Tokens(
             input_ids=_pad([f.input_ids for f in features], self.pad_id, left),
             attention_mask=_pad([torch.ones_like(f.input_ids) for f in features], 0, left),
             token_types=_pad([f.token_types for f in features], 0, left),
+        )
+        return self._append_padding(tokens, -tokens.input_ids.shape[1] % multiple)
+
+    def _packed(self, groups: Sequence[Group], features: Sequence[Features], layout: Layout) -> tuple[Tokens, Layout]:
+        """All samples in one sequence ``[1, length]``, and its layout; padded on the right as `_padded` does."""
+        ids = pack_tokens(groups, [f.input_ids for f in features])[None]
+        types = pack_tokens(groups, [f.token_types for f in features])[None]
+        missing = -ids.shape[1] % self.pad_to_multiple_of
+        tokens = self._append_padding(Tokens(ids, torch.ones_like(ids), types), missing)
+        group, suffix = pad(layout.group, (0, missing), value=-1), pad(layout.suffix, (0, missing))
+        return tokens, dataclasses.replace(layout, group=group, suffix=suffix)
+
+    def _append_padding(self, tokens: Tokens, count: int) -> Tokens:
+        """The sequences with `count` more tokens of padding on the right."""
+        return Tokens(
+            input_ids=pad(tokens.input_ids, (0, count), value=self.pad_id),
+            attention_mask=pad(tokens.attention_mask, (0, count)),
+            token_types=pad(tokens.token_types, (0, count)),
         )
 
     def _position_ids(
@@ -138,7 +161,8 @@ class Collator:
         position_ids = self.position_ids(
             first_members.input_ids, first_members.token_types, first_members.attention_mask, grids
         )
-        return pack_position_ids(groups, position_ids, [len(f.input_ids) for f in features])
+        position_ids = pack_position_ids(groups, position_ids, [len(f.input_ids) for f in features])
+        return pad(position_ids, (0, tokens.input_ids.shape[1] - position_ids.shape[-1]))
 
     def _prompts(self, features: Sequence[Features], sets: _FrameSets) -> Prompts:
         """The prompts of the samples, without answers, padded on the left."""
@@ -247,12 +271,6 @@ def _frame_sets(groups: Sequence[Group], features: Sequence[Features]) -> _Frame
             entries.append(range(begin, begin + int(first.visual.grid_thw[:, 0].sum())))
             num_tokens.append(int((first.token_types > 0).sum()))
     return _FrameSets(torch.repeat_interleave(torch.tensor(num_tokens, dtype=torch.int64)), sample, entries)
-
-
-def _packed(groups: Sequence[Group], features: Sequence[Features]) -> Tokens:
-    """All samples in one sequence, ``[1, length]``."""
-    ids = pack_tokens(groups, [f.input_ids for f in features])[None]
-    return Tokens(ids, torch.ones_like(ids), pack_tokens(groups, [f.token_types for f in features])[None])
 
 
 def _without_answer(feature: Features) -> Features:

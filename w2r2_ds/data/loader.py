@@ -18,6 +18,15 @@ from w2r2_ds.models.build import VlmFrontend
 from w2r2_ds.types.batch import Batch
 from w2r2_ds.types.sample import Sample
 
+LENGTH_MULTIPLE = 64
+"""The length of training sequences is rounded up to a multiple of this number.
+
+Texts differ in length, so nearly every micro-batch would have another length. With few different lengths, PyTorch's
+caching allocator reuses its blocks. Padding changes no result but costs 32 tokens per sequence on average, 0.5 % of 24
+frames of 518 x 392 and their question; a multiple of 128 would cost twice as much. 64 is also a multiple of the tiles
+of GPU kernels for matrix products, and of the alignment of masks in memory-efficient attention.
+"""
+
 
 def make_processor(frontend: VlmFrontend, config: DataConfig) -> Processor:
     """The `Processor` of a VLM for a data configuration."""
@@ -43,7 +52,11 @@ def choose_grouping(config: DataConfig) -> Grouping | None:
 
 
 def make_collate(
-    frontend: VlmFrontend, config: DataConfig, with_prompts: bool = False, with_answer: bool = True
+    frontend: VlmFrontend,
+    config: DataConfig,
+    with_prompts: bool = False,
+    with_answer: bool = True,
+    pad_to_multiple_of: int = 1,
 ) -> Collator:
     """The `Collator` of a VLM for a data configuration.
 
@@ -52,6 +65,7 @@ def make_collate(
         config: data configuration.
         with_prompts: also make `Batch.prompts`, to decode answers during training.
         with_answer: True for samples with answers (training), False for left-padded prompts (generation).
+        pad_to_multiple_of: see `Collator`.
     """
     return Collator(
         pad_id=frontend.tokenizer.pad_token_id,
@@ -62,6 +76,7 @@ def make_collate(
         family=frontend.family,
         with_prompts=with_prompts,
         grouping=choose_grouping(config) if with_answer else None,
+        pad_to_multiple_of=pad_to_multiple_of,
     )
 
 
@@ -84,7 +99,7 @@ def train_loader(
     return ReraisingDataLoader(
         SampleDataset(samples, make_processor(frontend, config), with_answer=True),
         batch_sampler=sampler,
-        collate_fn=make_collate(frontend, config, with_prompts),
+        collate_fn=make_collate(frontend, config, with_prompts, pad_to_multiple_of=LENGTH_MULTIPLE),
         num_workers=config.workers,
         worker_init_fn=ignore_stop_signals,
         prefetch_factor=config.prefetch if config.workers else None,
@@ -103,7 +118,7 @@ def decode_gap_loader(
     return ReraisingDataLoader(
         SampleDataset(samples, make_processor(frontend, config), with_answer=True),
         batch_size=batch_size,
-        collate_fn=make_collate(frontend, config, with_prompts=True),
+        collate_fn=make_collate(frontend, config, with_prompts=True, pad_to_multiple_of=LENGTH_MULTIPLE),
         generator=torch.Generator(),
     )
 
