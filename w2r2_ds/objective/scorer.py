@@ -43,7 +43,7 @@ class Scorer:
         tables: digit and sign of every token of the vocabulary, on the model's device.
         tokenizer: the VLM's tokenizer.
         config: similarity measures of captions and short answers.
-        end_tokens: `VlmFamily.end_tokens`, so that teacher-forced texts end where decoded ones do.
+        end_tokens: end tokens besides the label's, at which teacher-forced texts end; `W2R2Step` sets those of the VLM.
     """
 
     tables: TokenTables

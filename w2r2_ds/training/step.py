@@ -59,7 +59,8 @@ class W2R2Step(nn.Module):
         self.model = model
         self.objective = config.objective
         self.video_fps, self.seed = config.data.video_fps, config.train.seed
-        self.scorer = scorer
+        # Teacher-forced texts end where decoded ones do.
+        self.scorer = dataclasses.replace(scorer, end_tokens=model.family.end_tokens(model.base, scorer.tokenizer))
         self.tower_calls = TowerCallCount(config.data)
         self.push_term = build_push_term(config.objective.push_term)
         self.dropouts = dropouts_of(model)

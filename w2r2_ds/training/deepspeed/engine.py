@@ -59,8 +59,7 @@ def make_engine(
     """
     vocabulary = model.base.config.get_text_config().vocab_size
     tables = token_tables(frontend.tokenizer, vocabulary).to(device)
-    end_tokens = model.family.end_tokens(model.base, frontend.tokenizer)
-    scorer = Scorer(tables, frontend.tokenizer, config.objective, end_tokens)
+    scorer = Scorer(tables, frontend.tokenizer, config.objective)
     zero3 = ds_config.get("zero_optimization", {}).get("stage") == 3
     if zero3:
         release_base_weights(model.family.language_model(model.base))
