@@ -6,6 +6,7 @@ import json
 import os
 import re
 import socket
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -291,3 +292,16 @@ def test_a_taken_port_raises_with_another_port(monkeypatch: pytest.MonkeyPatch) 
     found = re.search(r"deepspeed --master_port (\d+) launchers/train.py", message)
     assert found and int(found[1]) != port
     assert not dist.is_initialized()
+
+
+def test_no_temporary_folder_is_a_user_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unusable() -> str:
+        raise FileNotFoundError(2, "No usable temporary directory found in ['/tmp']")
+
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
+    monkeypatch.setattr(tempfile, "gettempdir", unusable)
+    with pytest.raises(ValueError, match="TMPDIR"):
+        use_private_extensions_dir()
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: "/proc")
+    with pytest.raises(ValueError, match="TMPDIR"):
+        use_private_extensions_dir()

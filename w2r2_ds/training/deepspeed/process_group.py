@@ -43,16 +43,22 @@ def use_private_extensions_dir() -> None:
     process), so each extension is built once per launch and machine. To keep builds, set TORCH_EXTENSIONS_DIR.
 
     Raises:
-        ValueError: another user may write to the folder, and so could place compiled code there.
+        ValueError: another user may write to the folder, and so could place compiled code there; or no temporary
+            folder can be written.
     """
     if "TORCH_EXTENSIONS_DIR" in os.environ:
         return
     slurm = [os.environ.get(f"SLURM_{name}") for name in ("JOB_ID", "RESTART_COUNT", "STEP_ID")]
     launch = "-".join(filter(None, slurm)) if slurm[0] else f"launcher-{os.getppid()}"
-    parent = Path(tempfile.gettempdir()) / f"w2r2-ds-{os.getuid()}"
-    parent.mkdir(mode=0o700, exist_ok=True)
-    # lstat, not stat: in a shared temporary folder another user may have created a symbolic link of this name.
-    found = parent.lstat()
+    try:
+        parent = Path(tempfile.gettempdir()) / f"w2r2-ds-{os.getuid()}"
+        parent.mkdir(mode=0o700, exist_ok=True)
+        # lstat, not stat: in a shared temporary folder another user may have created a symbolic link of this name.
+        found = parent.lstat()
+    except OSError as error:
+        raise ValueError(
+            f"no temporary folder for DeepSpeed's extensions can be written ({error.strerror}); set TMPDIR to one."
+        ) from error
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
         raise ValueError(
             f"{parent}, where DeepSpeed would compile, is not a folder or others may write to it; remove it, or set "
