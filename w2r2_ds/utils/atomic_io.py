@@ -77,8 +77,14 @@ def writing(path: Path) -> Iterator[Writer]:
                 raise writer.error
             os.fsync(file.fileno())
     except OSError as error:
-        error.filename = error.filename or str(path)
+        add_filename(error, path)
         raise
+
+
+def add_filename(error: OSError, path: Path) -> None:
+    """Add a path to an error of the operating system without one: a failed write does not name its file."""
+    if error.errno is not None and error.filename is None:
+        error.filename = str(path)
 
 
 @contextmanager

@@ -12,6 +12,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from w2r2_ds.utils.atomic_io import add_filename
+
 PARTIAL = ".partial"
 """Suffix of the temporary folder."""
 LOST_AND_FOUND = "lost+found"
@@ -53,7 +55,7 @@ def new_folder(out: Path, needed_bytes: int = 0, option: str = "--out") -> Itera
             f"{option} {out} cannot be written ({error}); free disk space or pass another folder."
         ) from error
     except OSError as error:
-        error.filename = error.filename or str(out)  # a failed write does not name its file
+        add_filename(error, out)
         raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -19,6 +19,7 @@ from w2r2_ds.demo.synthetic.annotations import write_infos
 from w2r2_ds.demo.synthetic.furniture import KINDS
 from w2r2_ds.demo.synthetic.options import SPLITS, Options, scene_id
 from w2r2_ds.demo.synthetic.scene import SceneEntries, write_scene
+from w2r2_ds.utils.atomic_io import add_filename
 from w2r2_ds.utils.interrupts import ignore_interrupts
 from w2r2_ds.utils.output_folder import PARTIAL, check_writable, fill, is_empty
 
@@ -95,7 +96,7 @@ def write_dataset(
                 raise
             return Written(root, True, existing)
     except OSError as error:
-        error.filename = error.filename or str(root)  # a failed write does not name its file
+        add_filename(error, root)
         raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
