@@ -168,3 +168,10 @@ def test_an_interrupt_sets_the_code_of_sigterm(caplog: pytest.LogCaptureFixture)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def test_no_thread_is_left_after_the_block() -> None:
+    """It has a reference to a process group of gloo, which must be freed before Python exits."""
+    with StopSignals() as signals:
+        assert signals._thread.is_alive()
+    assert not signals._thread.is_alive()

@@ -51,7 +51,8 @@ class StopSignals:
         self._signals, self._wakeup = socket.socketpair()
         self._wakeup.setblocking(False)
         signal.set_wakeup_fd(self._wakeup.fileno(), warn_on_full_buffer=False)
-        threading.Thread(target=self._end_at_second_interrupt, name="Ctrl-C", daemon=True).start()
+        self._thread = threading.Thread(target=self._end_at_second_interrupt, name="Ctrl-C", daemon=True)
+        self._thread.start()
         for number in CODES:
             signal.signal(number, self._handle)
             # signal.signal disables SA_RESTART; without it a blocking call of a C++ library fails with EINTR.
@@ -63,6 +64,9 @@ class StopSignals:
             signal.signal(number, signal.SIG_IGN)
         signal.set_wakeup_fd(-1)
         self._wakeup.close()  # ends the thread
+        # The thread has a reference to this object and its process group. If it still ran while Python exits, gloo's
+        # group would be freed too late, and abort the process with "terminate called without an active exception".
+        self._thread.join()
 
     def _end_at_second_interrupt(self) -> None:
         """Thread: count SIGINTs."""
