@@ -172,6 +172,11 @@ def test_an_interrupt_sets_the_code_of_sigterm(caplog: pytest.LogCaptureFixture)
 
 def test_no_thread_is_left_after_the_block() -> None:
     """It has a reference to a process group of gloo, which must be freed before Python exits."""
-    with StopSignals() as signals:
-        assert signals._thread.is_alive()
-    assert not signals._thread.is_alive()
+    before = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)}
+    try:
+        with StopSignals() as signals:
+            assert signals._thread.is_alive()
+        assert not signals._thread.is_alive()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
