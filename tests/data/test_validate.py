@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from w2r2_ds.data import validate
+from w2r2_ds.data import images
 from w2r2_ds.data.images import load_frame
 from w2r2_ds.data.loader import make_processor
 from w2r2_ds.data.validate import check_frames, check_sample_texts
@@ -26,7 +26,7 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
         paths.append(path)
         return load_frame(path)
 
-    monkeypatch.setattr(validate, "load_frame", load)
+    monkeypatch.setattr(images, "load_frame", load)
     return paths
 
 

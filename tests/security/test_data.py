@@ -22,12 +22,14 @@ from PIL import Image
 from prepared_sets import SCENE_FILE, write_prepared
 from w2r2_ds.config.io import from_tree, load_config
 from w2r2_ds.data.frames.projection import load_depth
-from w2r2_ds.data.images import frame_size, load_frame
+from w2r2_ds.data.images import check_frame, frame_size, load_frame
 from w2r2_ds.data.prepare.manifest import file_hash
 from w2r2_ds.data.prepare.scannet_boxes import _read_vertices
 from w2r2_ds.data.prepared_set import PreparedSet
+from w2r2_ds.data.sources.cameras import depth_size
+from w2r2_ds.data.sources.frames import Frame
 from w2r2_ds.data.sources.numpy_unpickler import load_numpy_pickle
-from w2r2_ds.data.sources.scannet import Frame, check_scene_id
+from w2r2_ds.data.sources.scannet import check_scene_id
 from w2r2_ds.data.validate import check_frames
 from w2r2_ds.evaluation.datasets import find_sets
 from w2r2_ds.evaluation.predictions.rescore import score_file
@@ -212,6 +214,9 @@ def test_an_image_cannot_start_a_program(tmp_path: Path, started: list[Any]) -> 
     for read, value in ((load_frame, path), (frame_size, path), (load_depth, frame)):
         with pytest.raises(ValueError, match=r"00000\.jpg"):
             read(value)  # type: ignore[operator]
+    for size in (check_frame, depth_size):
+        with pytest.raises(ValueError, match=r"00000\.jpg"):
+            size(path)
 
 
 def test_a_mesh_cannot_open_other_files(tmp_path: Path) -> None:
@@ -247,7 +252,7 @@ def test_names_in_a_pickle_are_quoted_on_one_line(tmp_path: Path, mark: Path, pa
 
 
 def test_an_array_with_a_pickle_is_not_read(tmp_path: Path, payload: Any, mark: Path) -> None:
-    from w2r2_ds.data.sources.scannet import _read_instances
+    from w2r2_ds.data.sources.scannet import read_instances
 
     path = tmp_path / "scene0000_00_aligned_bbox.npy"
     for content in (np.array([payload], dtype=object), {"a": np.array([payload], dtype=object)}):
@@ -258,5 +263,5 @@ def test_an_array_with_a_pickle_is_not_read(tmp_path: Path, payload: Any, mark: 
             np.save(file, content, allow_pickle=True)
         path.write_bytes(file.getvalue())
         with pytest.raises(ValueError, match=r"aligned_bbox.npy (is not a readable array|must hold numbers)"):
-            _read_instances(path)
+            read_instances(path)
     assert not mark.exists() and file_hash(path) != "missing"

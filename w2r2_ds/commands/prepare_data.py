@@ -75,13 +75,13 @@ def prepare_task(
         workers: number of processes; 0 means one per available core.
         skip_broken_scenes: skip and list scenes with missing or malformed files instead of raising an error.
         skip_without_box: skip and list annotations of objects without a box instead of raising an error.
-        check: only list missing files and their sources; the exit code is 1 if there are any.
-        dry_run: only print the number of samples and their size on disk.
+        check: only read all input files as the preparation does, and print every kind of problem; the exit code is 1 if
+            there are any.
+        dry_run: as check, and print the number of samples and their size on disk.
     """
     from w2r2_ds.data.prepare.manifest import summary_line
     from w2r2_ds.data.prepare.pipeline import prepare
-    from w2r2_ds.data.prepare.plan import make_plan
-    from w2r2_ds.data.prepare.preflight import forecast, missing, report
+    from w2r2_ds.data.prepare.trial import try_preparation
     from w2r2_ds.utils.sanitize import lines
 
     if not splits:
@@ -107,12 +107,13 @@ def prepare_task(
             windows=train_windows if split == "train" else windows,
         )
         options = replace(options, rolls=rolls or registered.default_rolls(options))
-        if check:
-            missing_files = missing(root, options)
-            print(lines(report(root, options, missing_files)), flush=True)
-            complete = complete and not missing_files
-        elif dry_run:
-            print(forecast(make_plan(root, options), folder / split), flush=True)
+        if check or dry_run:
+            trial = try_preparation(root, options, _processes(workers), skip_broken_scenes, skip_without_box)
+            if check or trial.problems:
+                print(lines(trial.report()), flush=True)
+            if dry_run:
+                print(lines(trial.forecast(folder / split)), flush=True)
+            complete = complete and not trial.problems
         else:
             done = prepare(root, options, folder / split, _processes(workers), skip_broken_scenes, skip_without_box)
             print(lines(summary_line(done.folder, done.manifest, done.reused)), flush=True)

@@ -35,6 +35,14 @@ SWAP_SIDES = {ORIENTATIONS[orientation] for orientation in (5, 6, 7, 8)}
 """Operations that exchange width and height."""
 
 
+FILE_MARKERS = {b"\xff\xd8\xff": b"\xff\xd9", b"\x89PNG\r\n\x1a\n": b"IEND\xae\x42\x60\x82"}
+"""First bytes of a complete JPEG or PNG file -> its last bytes: end marker, or last chunk with its checksum."""
+TAIL = 1024
+"""Number of bytes at the end of a file that are searched for the end marker; some programs append data after it."""
+THREADS = 16
+"""Number of concurrent reads; they hide the latency of a network file system."""
+
+
 def load_frame(path: str | Path) -> np.ndarray:
     """Read an image file as ``uint8 [height, width, 3]`` RGB, upright; a transparent image is blended with white.
 
@@ -53,6 +61,33 @@ def frame_size(path: str | Path) -> tuple[int, int]:
     with _opened(path) as image:
         width, height = image.size
         return (height, width) if _upright(image) in SWAP_SIDES else (width, height)
+
+
+def check_frame(path: str | Path) -> tuple[int, int]:
+    """Width and height of a frame that `load_frame` can read, without decoding it.
+
+    Short reads: the file must begin and end as a JPEG or a PNG file does, and its header must be that of a colour
+    image. Any other file is decoded, which raises the error that `load_frame` raises. Damage in the middle of a file is
+    not detected.
+
+    Raises:
+        ValueError: see `load_frame`.
+    """
+    if not is_complete_image(path):
+        load_frame(path)  # raises; or decodes an image of another format, such as WebP
+    return frame_size(path)
+
+
+def is_complete_image(path: str | Path) -> bool:
+    """Whether a file begins and ends as a JPEG or a PNG file does; False if it cannot be opened."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(8)
+            file.seek(max(0, file.seek(0, 2) - TAIL))
+            tail = file.read()
+    except OSError:
+        return False
+    return any(head.startswith(begin) and end in tail for begin, end in FILE_MARKERS.items())
 
 
 @contextmanager

@@ -7,19 +7,12 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from w2r2_ds.data.images import frame_size, load_frame
+from w2r2_ds.data.images import THREADS, check_frame, frame_size
 from w2r2_ds.data.processor import Processor, SequenceTooLong
 from w2r2_ds.data.visual_inputs import VisualPreprocessor
 from w2r2_ds.types.sample import Sample
 
 logger = logging.getLogger(__name__)
-
-FILE_MARKERS = {b"\xff\xd8\xff": b"\xff\xd9", b"\x89PNG\r\n\x1a\n": b"IEND\xae\x42\x60\x82"}
-"""First bytes of a complete JPEG or PNG file -> its last bytes: end marker, or last chunk with its checksum."""
-TAIL = 1024
-"""Number of bytes at the end of a file that are searched for the end marker; some programs append data after it."""
-THREADS = 16
-"""Number of concurrent reads; they hide the latency of a network file system."""
 
 MAX_LISTED = 5
 """Number of samples that a message lists besides the first one."""
@@ -45,23 +38,9 @@ def check_frames(samples: Sequence[Sample], rank: int = 0, world_size: int = 1) 
     """
     files = list(dict.fromkeys(path for sample in samples for path in sample.frames))[rank::world_size]
     with ThreadPoolExecutor(THREADS) as pool:
-        for path, complete in zip(files, pool.map(is_complete_image, files), strict=True):
-            if not complete:
-                load_frame(path)  # raises; or decodes an image of another format, such as WebP
-            frame_size(path)  # raises for a depth map
+        for _ in pool.map(check_frame, files):
+            pass
     return len(files)
-
-
-def is_complete_image(path: Path) -> bool:
-    """Whether a file begins and ends as a JPEG or a PNG file does; False if it cannot be opened."""
-    try:
-        with open(path, "rb") as file:
-            head = file.read(8)
-            file.seek(max(0, file.seek(0, 2) - TAIL))
-            tail = file.read()
-    except OSError:
-        return False
-    return any(head.startswith(begin) and end in tail for begin, end in FILE_MARKERS.items())
 
 
 def describe_frames(samples: Sequence[Sample], processor: Processor) -> str:

@@ -1,9 +1,12 @@
-"""Count findings by kind, so that a message has one line per kind instead of one per file."""
+"""Count findings and messages by kind, so that a report has one line per kind instead of one per file."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+
+_NUMBER = re.compile(r"[-+]?[0-9]+(?:\.[0-9]+)?(?:e[-+]?[0-9]+)?")
 
 
 @dataclass(frozen=True)
@@ -29,3 +32,20 @@ def by_kind(findings: Iterable[Finding]) -> list[str]:
         counts[finding.kind] = counts.get(finding.kind, 0) + finding.count
         examples.setdefault(finding.kind, finding.example)
     return [f"{counts[kind]} {kind}, such as {examples[kind]}" for kind in counts]
+
+
+def by_pattern(messages: Iterable[tuple[str, str]]) -> list[str]:
+    """One line per pattern, in order of appearance: the first message, and how many others are like it.
+
+    Messages have the same pattern if they differ only in the name of the scene and in numbers.
+
+    Args:
+        messages: name of the scene, which may be empty, and message.
+    """
+    groups: dict[str, list[str]] = {}
+    for scene_id, message in messages:
+        named = message.replace(scene_id, "SCENE") if scene_id else message
+        groups.setdefault(_NUMBER.sub("#", named), []).append(message)
+    return [
+        first if not others else f"{first} (and {len(others)} more of this kind)" for first, *others in groups.values()
+    ]

@@ -23,7 +23,8 @@ from w2r2_ds.data.frames.visibility import (
     visible_frames_by_infos,
 )
 from w2r2_ds.data.sources.embodiedscan import InfoInstance, ScanInfo
-from w2r2_ds.data.sources.scannet import Frame, Scene, load_scene
+from w2r2_ds.data.sources.frames import Frame
+from w2r2_ds.data.sources.scannet import Scene, load_scene
 
 SIZE = (64, 48)
 

@@ -24,9 +24,8 @@ def scenes(root: Path) -> Path:
 
 @pytest.fixture
 def damaged(scenes: Path) -> Path:
-    """A scene without images, and one with a truncated image."""
+    """A scene without images, and one with a malformed pose."""
     for path in (scenes / "posed_images" / SECOND).iterdir():
         path.unlink()
-    image = scenes / "posed_images" / THIRD / "00000.jpg"
-    image.write_bytes(image.read_bytes()[:-40])
+    (scenes / "posed_images" / THIRD / "00000.txt").write_text("1 0 0")
     return scenes

@@ -24,6 +24,7 @@ from w2r2_ds.data.prepare import pipeline as preparing
 from w2r2_ds.data.prepare.manifest import summary_line
 from w2r2_ds.data.prepare.pipeline import SKIPPED_FILE, prepare
 from w2r2_ds.data.prepared_set import MANIFEST, PreparedSet
+from w2r2_ds.data.sources.frames import LOST_POSE
 from w2r2_ds.data.tasks.base import TaskOptions
 from w2r2_ds.data.tasks.scan2cap import Scan2Cap
 from w2r2_ds.demo.assets import prepare_sets
@@ -91,16 +92,42 @@ def test_broken_boxes_and_scenes_of_the_infos_do_not_block_others(scenes: Path) 
         prepare(scenes, options, scenes / "out", quiet=True)
     done = prepare(scenes, options, scenes / "out", skip_broken_scenes=True, quiet=True)
     assert done.manifest["counts"]["scenes"] == 2 and done.manifest["skipped"]["broken_scene"] == 2
-    (line,) = done.manifest["skipped_inputs"]  # nothing about the scene that is not in the annotations
+    lost, line = done.manifest["skipped_inputs"]  # nothing about the scene that is not in the annotations
+    assert LOST_POSE in lost
     assert line.startswith("1 broken boxes in EmbodiedScan's infos") and f"{SCENE}: field 'instances[1]" in line
     assert line in summary_line(done.folder, done.manifest, False)
+
+
+def test_lost_frames_are_in_the_summary(scenes: Path) -> None:
+    images = scenes / "posed_images" / SCENE
+    (images / "00001.png").unlink()
+    (scenes / "posed_images" / SECOND / "00002.txt").unlink()
+    done = prepare(scenes, DEPTH, scenes / "out", quiet=True)
+    summary = summary_line(done.folder, done.manifest, False)
+    for line in (f"3 {LOST_POSE}", "1 frames without a depth image", "1 frames without a pose file"):
+        assert f"  skipped input: {line}, such as " in summary
+    assert done.manifest["counts"]["frames_without_pose"] == 3
+
+
+def test_an_object_with_a_broken_box_is_skipped(scenes: Path) -> None:
+    """Without any option: the annotations are right, and the other objects are not affected."""
+    path = scenes / "scannet_data" / f"{SCENE}_aligned_bbox.npy"
+    rows = np.load(path)
+    rows[0, 5] = 0.0
+    rows[2, 1] = np.nan
+    np.save(path, rows)
+    done = prepare(scenes, DEPTH, scenes / "out", quiet=True)
+    assert done.manifest["skipped"] == {"broken_box": 2, "no_visible_frame": 1}
+    broken = [each for each in lines(done.folder) if each["reason"] == "broken_box"]
+    assert [each["id"] for each in broken] == [f"{SCENE}|0|office_chair|1", f"{SCENE}|0|office_chair|3"]
+    assert any(line.startswith("2 broken boxes in SCENE_aligned_bbox") for line in done.manifest["skipped_inputs"])
 
 
 def test_broken_proposals_are_skipped_and_counted(scenes: Path) -> None:
     write_annotations(scenes, [entry()], "val")
     write_proposals(scenes, [[2, 5, 1, 0.8, 0.6, 1], [0, 0, 0, 0, 1, 1]])
     options = TaskOptions("scan2cap", "val", frames=FrameOptions("uniform", 2))
-    (line,) = prepare(scenes, options, scenes / "out", quiet=True).manifest["skipped_inputs"]
+    _, line = prepare(scenes, options, scenes / "out", quiet=True).manifest["skipped_inputs"]
     assert line.startswith("1 broken boxes in the proposals") and f"'scannet/{SCENE}[1]'" in line
 
 
@@ -228,7 +255,7 @@ def test_all_broken_scenes_are_reported(damaged: Path) -> None:
         prepare(damaged, DEPTH, damaged / "out", quiet=True)
     first, *others = str(caught.value).splitlines()
     assert first.startswith("2 of 3 scenes") and "--skip_broken_scenes" in first
-    assert f"{SECOND} has no frame with a valid pose" in others[0] and f"{THIRD}/00000.jpg" in others[1]
+    assert f"{SECOND} has no colour images" in others[0] and f"{THIRD}/00000.txt" in others[1]
     assert not (damaged / "out" / MANIFEST).exists()
 
 
@@ -243,7 +270,7 @@ def test_broken_scenes_can_be_skipped(damaged: Path, monkeypatch: pytest.MonkeyP
     assert done.manifest["counts"]["scenes"] == 1
     dropped = lines(done.folder)
     assert [each["id"].split("|")[0] for each in dropped] == [SECOND, THIRD, SECOND, THIRD, SCENE]
-    assert "has no frame with a valid pose" in dropped[0]["detail"]
+    assert "has no colour images" in dropped[0]["detail"]
     assert dropped[0]["location"].endswith("train.json: entry 1")
 
 
@@ -251,7 +278,7 @@ def test_more_than_ten_problems_are_counted(root: Path) -> None:
     write_annotations(root, [{**entry(), "scene_id": f"scene{n:04d}_00"} for n in range(1, 14)])
     with pytest.raises(ValueError, match=r"13 of 13 scenes cannot be used") as caught:
         prepare(root, DEPTH, root / "out", quiet=True)
-    assert len(str(caught.value).splitlines()) == 12 and str(caught.value).endswith("... and 3 more")
+    assert len(str(caught.value).splitlines()) == 12 and str(caught.value).endswith("... and 29 more")
 
 
 def test_wrong_annotations_cannot_be_skipped(scenes: Path) -> None:

@@ -11,7 +11,8 @@ from w2r2_ds.data.frames.selection import FrameOptions
 from w2r2_ds.data.prepare.pipeline import prepare
 from w2r2_ds.data.prepare.plan import scene_files
 from w2r2_ds.data.prepared_set import PreparedSet
-from w2r2_ds.data.sources.scannet import SceneParts, alignment_file, boxes_file, frame_files
+from w2r2_ds.data.sources.frames import SceneParts
+from w2r2_ds.data.sources.scannet import alignment_file, boxes_file
 from w2r2_ds.data.tasks.base import TASKS, TaskOptions, parts_to_read
 
 POSES, INTRINSICS, DEPTH, BOXES = SceneParts.POSES, SceneParts.INTRINSICS, SceneParts.DEPTH, SceneParts.BOXES
@@ -74,12 +75,17 @@ def test_a_task_needs_the_files_that_it_uses_and_no_others(
     assert len(PreparedSet(done.folder, complete)) > 0
     assert not [name for name in done.manifest["inputs"] if not (complete / name).exists()], "no input is missing"
     for part in parts:
-        path = files_of(complete, part)[0]
+        *numbered, path = files_of(complete, part)
         content = path.read_bytes()
         path.unlink()
         with pytest.raises(ValueError, match=path.name):
             prepare(complete, options, complete / part.name, quiet=True)
         path.write_bytes(content)
+        if numbered:  # one of them is missing: its frame is lost
+            numbered[0].rename(complete / "moved")
+            lost = prepare(complete, options, complete / part.name, quiet=True).manifest["skipped_inputs"]
+            assert sum("frames without a " in line for line in lost) == 1
+            (complete / "moved").rename(numbered[0])
 
 
 def test_every_task_is_covered() -> None:
@@ -92,6 +98,4 @@ def is_built_in(task: object) -> bool:
 
 def test_the_listed_files_are_those_of_the_parts(complete: Path) -> None:
     options = TaskOptions("scanrefer", "val", "video3dllm", UNIFORM)
-    assert [file.path for file in scene_files(complete, SCENE, options)] == [boxes_file(complete, SCENE)]
-    assert list(frame_files(SceneParts.NONE)) == [".jpg"]
-    assert list(frame_files(POSES | DEPTH)) == [".jpg", ".txt", ".png"]
+    assert scene_files(complete, SCENE, options) == [boxes_file(complete, SCENE)]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from hand_scene import ALIGN, CAMERA, INTRINSIC, SCENE, moved
+from hand_scene import ALIGN, BOXES, CAMERA, INTRINSIC, SCENE, moved
+from w2r2_ds.data.sources.frames import LOST_POSE
 from w2r2_ds.data.sources.scannet import load_scene
 
 
@@ -51,15 +53,7 @@ def test_a_broken_text_file_raises_with_its_name(root: Path, file: str, content:
 
 
 @pytest.mark.parametrize(
-    "file",
-    [
-        "posed_images/{}/00001.jpg",
-        "posed_images/{}/00001.png",
-        "posed_images/{}/00001.txt",
-        "posed_images/{}/intrinsic.txt",
-        "scans/{}/{}.txt",
-        "scannet_data/{}_aligned_bbox.npy",
-    ],
+    "file", ["posed_images/{}/intrinsic.txt", "scans/{}/{}.txt", "scannet_data/{}_aligned_bbox.npy"]
 )
 def test_a_missing_file_raises_with_its_name(root: Path, file: str) -> None:
     path = root / file.format(SCENE, SCENE)
@@ -83,16 +77,35 @@ def test_a_truncated_array_raises_with_its_name(root: Path) -> None:
             np.array([[0, 0, 0, -1, 1, 1, 5, 6]]),
             r"row 0 \(object 6\) has the size \[-1.0, 1.0, 1.0\], and a box has posi",
         ),
-        (np.array([[0, 0, 0, 1, 1, 1, 5, 1], [0, 0, 0, 1, 0, 1, 5, 0]]), r"row 1 \(object 0\) has the size \[1.0, 0.0"),
         (np.array([[0, 0, 0, 1, 1, np.nan, 5, 0]]), "row 0 has a non-finite value"),
         (np.array([[0, 0, 0, 1, 1, 1, 5, 0.5]]), "an id that is no integer"),
         (np.array([[0, 0, 0, 1, 1, 1, 5, 2]] * 2), "row 1 repeats object id 2"),
     ],
 )
-def test_bad_boxes_are_rejected(root: Path, rows: np.ndarray, message: str) -> None:
+def test_a_file_of_broken_boxes_is_rejected(root: Path, rows: np.ndarray, message: str) -> None:
     np.save(root / "scannet_data" / f"{SCENE}_aligned_bbox.npy", rows)
     with pytest.raises(ValueError, match=message):
         load_scene(root, SCENE)
+
+
+@pytest.mark.parametrize(
+    ("row", "broken"),
+    [
+        ([0, 0, 0, 1, 0, 1, 5, 9], [9]),
+        ([0, 0, 0, 1, 1, np.nan, 5, 9], [9]),
+        ([np.inf, 0, 0, 1, 1, 1, 5, 9], [9]),
+        ([0, 0, 0, 1, 1, 1, 5, 9.5], []),
+        ([0, 0, 0, 1, 1, 1, 5, np.nan], []),
+        ([2, 5, 1, 1, 1, 1, 5, 0], [0]),  # a second box of object 0: it is unknown which is right
+    ],
+)
+def test_a_broken_box_is_skipped_and_counted(root: Path, row: list[float], broken: list[int]) -> None:
+    np.save(root / "scannet_data" / f"{SCENE}_aligned_bbox.npy", np.vstack([BOXES, row]))
+    scene = load_scene(root, SCENE)
+    assert list(scene.broken_boxes) == broken
+    assert sorted(scene.instances) == [number for number in (0, 3, 4) if number not in broken]
+    (finding,) = [each for each in scene.skipped_inputs if "boxes" in each.kind]
+    assert f"{SCENE}_aligned_bbox.npy: row 4 " in finding.example
 
 
 def test_pickled_arrays_are_rejected(root: Path) -> None:
@@ -104,7 +117,7 @@ def test_pickled_arrays_are_rejected(root: Path) -> None:
 def test_a_scene_without_valid_poses_is_an_error(root: Path) -> None:
     for i in range(3):
         (root / "posed_images" / SCENE / f"{i:05d}.txt").write_text("nan " * 16)
-    with pytest.raises(ValueError, match=r"no frame with a valid pose \(4 not finite\)"):
+    with pytest.raises(ValueError, match=rf"no frame that can be used \(4 {re.escape(LOST_POSE)}\)"):
         load_scene(root, SCENE)
 
 

@@ -12,10 +12,11 @@ from hand_scene import CAMERA, SCENE, entry, prepared_items, question_entry, wri
 from w2r2_ds.boxes3d.transforms import world_to_camera
 from w2r2_ds.data.frames.selection import FrameOptions
 from w2r2_ds.data.prepare.pipeline import prepare
-from w2r2_ds.data.prepare.preflight import missing
 from w2r2_ds.data.prepare.scannet_boxes import write_all_boxes
+from w2r2_ds.data.prepare.trial import try_preparation
 from w2r2_ds.data.prepared_set import PreparedSet
-from w2r2_ds.data.sources.scannet import SceneParts, alignment_file, boxes_file, load_scene
+from w2r2_ds.data.sources.frames import SceneParts
+from w2r2_ds.data.sources.scannet import alignment_file, boxes_file, load_scene
 from w2r2_ds.data.tasks.base import TaskOptions
 from w2r2_ds.evaluation.predictions.record import record_of
 from w2r2_ds.evaluation.predictions.rescore import score_file
@@ -53,7 +54,7 @@ def hidden(root: Path) -> Path:
 
 @named
 def test_a_test_split_is_prepared_answered_and_not_scored(hidden: Path, options: TaskOptions) -> None:
-    assert missing(hidden, options) == []
+    assert try_preparation(hidden, options, quiet=True).problems == ()
     done = prepare(hidden, options, hidden / "out", quiet=True)
     samples = list(PreparedSet(done.folder, hidden))
     assert len(samples) == {"scanqa": 1, "scanrefer": 2, "scan2cap": 2}[options.task]

@@ -17,7 +17,8 @@ from functools import lru_cache
 import numpy as np
 
 from w2r2_ds.data.frames.projection import load_depth
-from w2r2_ds.data.sources.scannet import Frame, Scene
+from w2r2_ds.data.sources.frames import Frame
+from w2r2_ds.data.sources.scannet import Scene
 
 COLUMNS = 160
 """Number of pixel columns to which a depth image is subsampled: every fourth pixel of ScanNet's 640 x 480, 2 to 3 cm

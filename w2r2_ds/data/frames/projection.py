@@ -11,7 +11,8 @@ from PIL import Image
 from scipy.spatial import ConvexHull, QhullError
 
 from w2r2_ds.boxes3d.transforms import corners, euler_angles_to_matrix
-from w2r2_ds.data.sources.scannet import Frame
+from w2r2_ds.data.sources.cameras import DEPTH_FORMATS
+from w2r2_ds.data.sources.frames import Frame
 
 OCCLUSION_MARGIN = 0.1
 """Distance in metres by which a surface may lie in front of or behind the box and still count as the object's."""
@@ -36,7 +37,7 @@ def load_depth(frame: Frame) -> np.ndarray:
         ValueError: the file is unreadable, not a 16-bit one-channel PNG, or not in millimetres.
     """
     try:
-        with Image.open(frame.depth, formats=["PNG"]) as image:
+        with Image.open(frame.depth, formats=DEPTH_FORMATS) as image:
             depth = np.asarray(image)
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{frame.depth} is not a readable depth image; extract it again ({error})") from None

@@ -23,7 +23,8 @@ from w2r2_ds.data.frames.projection import (
     visible_fraction,
 )
 from w2r2_ds.data.sources.embodiedscan import InfoInstance, ScanInfo
-from w2r2_ds.data.sources.scannet import Frame, Scene
+from w2r2_ds.data.sources.frames import Frame
+from w2r2_ds.data.sources.scannet import Scene
 
 MATCH_IOU = 0.5
 """Smallest IoU at which a ScanRefer object and an EmbodiedScan instance count as the same object (VG-LLM)."""

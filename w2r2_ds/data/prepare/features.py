@@ -17,9 +17,10 @@ from torch.utils.data import Dataset
 from w2r2_ds.config.schema import RunConfig
 from w2r2_ds.data.collate import tower_input
 from w2r2_ds.data.dataset import load_mixture
+from w2r2_ds.data.images import THREADS
 from w2r2_ds.data.loader import visual_kind
 from w2r2_ds.data.reraising_loader import ReraisingDataLoader, ignore_stop_signals
-from w2r2_ds.data.validate import THREADS, read_sizes, warn_of_crop
+from w2r2_ds.data.validate import read_sizes, warn_of_crop
 from w2r2_ds.data.visual_inputs import VisualInputs, VisualPreprocessor
 from w2r2_ds.features.lookup import FeatureCache, flush_writes
 from w2r2_ds.features.store import FeatureStore, file_size, gib

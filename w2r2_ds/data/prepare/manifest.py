@@ -11,6 +11,7 @@ from typing import Any
 from w2r2_ds.data.prepare.plan import Plan, recorded_options, scene_files
 from w2r2_ds.data.prepare.unseen import Unseen, unseen_line
 from w2r2_ds.data.prepared_set import MANIFEST, VERSION, read_manifest
+from w2r2_ds.data.sources.frame_files import list_names
 from w2r2_ds.utils.hashing import file_sha256, json_sha256
 
 MISSING = "missing"
@@ -43,13 +44,10 @@ def frames_hash(folder: Path) -> str:
     Raises:
         ValueError: the folder or a text file exists, but cannot be read.
     """
-    try:
-        files = sorted(folder.iterdir())
-    except (FileNotFoundError, NotADirectoryError):
+    if not folder.is_dir():
         return MISSING
-    except OSError as error:
-        raise ValueError(f"{folder} cannot be read ({error.strerror}); correct its permissions or the disk.") from None
-    return json_sha256([{file.name: file_hash(file) if file.suffix == ".txt" else "" for file in files}])
+    names = sorted(list_names(folder))
+    return json_sha256([{name: file_hash(folder / name) if name.endswith(".txt") else "" for name in names}])
 
 
 def task_inputs(plan: Plan) -> dict[str, str]:
@@ -71,7 +69,7 @@ def scene_inputs(plan: Plan) -> dict[str, dict[str, str]]:
             return f"{UNREADABLE}{error}"
 
     def hashes(scene_id: str) -> dict[str, str]:
-        paths = [file.path for file in scene_files(plan.root, scene_id, plan.options)]
+        paths = scene_files(plan.root, scene_id, plan.options)
         found = {relative(path, plan.root): hash_or_error(file_hash, path) for path in paths}
         folder = plan.root / "posed_images" / scene_id
         return {**found, relative(folder, plan.root): hash_or_error(frames_hash, folder)}

@@ -33,6 +33,7 @@ from w2r2_ds.data.prepare.unseen import Unseen, check_unseen, count_unseen
 from w2r2_ds.data.prepared_set import MANIFEST, read_manifest, write_samples
 from w2r2_ds.data.sources.scannet import load_scene
 from w2r2_ds.data.tasks.base import (
+    BROKEN_BOX,
     BROKEN_SCENE,
     NO_BOX,
     TASKS,
@@ -40,12 +41,12 @@ from w2r2_ds.data.tasks.base import (
     Job,
     PreparedItems,
     SkippedItem,
+    Task,
     TaskOptions,
     check_objects,
     parts_to_read,
-    split_by_boxes,
+    split_by_objects,
 )
-from w2r2_ds.data.validate import check_frames
 from w2r2_ds.types.sample import Sample
 from w2r2_ds.utils import atomic_io
 from w2r2_ds.utils.file_lock import locked
@@ -91,7 +92,7 @@ class PreparedScene(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _Failure:
+class SceneFailure:
     """Errors of one scene.
 
     Attributes:
@@ -167,7 +168,7 @@ def _check_folder(out: Path) -> None:
 
 def _prepare_scenes(
     plan: Plan, out: Path, keys: Mapping[str, str], skip_without_box: bool, workers: int, quiet: bool
-) -> list[_Failure]:
+) -> list[SceneFailure]:
     """Prepare the unfinished scenes; return their failures."""
     todo = [job for job in plan.jobs if not _is_done(out, job.scene_id, keys[job.scene_id], skip_without_box)]
     if todo and len(todo) < len(plan.jobs):
@@ -176,12 +177,18 @@ def _prepare_scenes(
     failures = []
     with progress(f"{plan.options.task} {plan.options.split}: scenes", len(todo), quiet) as advance:
         arguments = [(plan.root, plan.options, job, out, keys[job.scene_id], skip_without_box) for job in todo]
-        # A task from outside the package uses this process: a worker may lack the module of its classes.
-        workers = workers if type(plan.task).__module__.startswith("w2r2_ds.") else 1
-        for failure in run_all(_write_scene, arguments, workers):
+        for failure in run_all(_write_scene, arguments, task_workers(plan.task, workers)):
             failures += [failure] if failure else []
             advance()
     return failures
+
+
+def task_workers(task: Task, workers: int) -> int:
+    """Number of processes for the scenes of a task.
+
+    A task from outside the package uses this process: a worker may lack the module of its classes.
+    """
+    return workers if type(task).__module__.startswith("w2r2_ds.") else 1
 
 
 def _is_done(out: Path, scene_id: str, key: str, skip_without_box: bool) -> bool:
@@ -195,14 +202,11 @@ def _is_done(out: Path, scene_id: str, key: str, skip_without_box: bool) -> bool
 
 def _write_scene(
     root: Path, options: TaskOptions, job: Job, out: Path, key: str, skip_without_box: bool
-) -> _Failure | None:
+) -> SceneFailure | None:
     """Write one scene's file (in a worker process). Errors are returned, so that those of all scenes are reported."""
-    try:
-        prepared = prepare_scene(root, options, job, skip_without_box=skip_without_box)
-    except AnnotationMismatch as error:
-        return _Failure(job.scene_id, error.messages, is_annotation_error=True)
-    except ValueError as error:
-        return _Failure(job.scene_id, [str(error)], is_annotation_error=False)
+    prepared = attempt_scene(root, options, job, skip_without_box)
+    if isinstance(prepared, SceneFailure):
+        return prepared
     samples = [(number, item) for number, item in prepared.items if isinstance(item, Sample)]
     skipped = [{"number": number, **asdict(item)} for number, item in prepared.items if isinstance(item, SkippedItem)]
     record = {
@@ -217,6 +221,18 @@ def _write_scene(
     write_samples(written, samples, root, {METADATA: json.dumps(record)})
     other.unlink(missing_ok=True)  # of an earlier preparation, with another key
     return None
+
+
+def attempt_scene(
+    root: Path, options: TaskOptions, job: Job, skip_without_box: bool = False
+) -> PreparedScene | SceneFailure:
+    """Call `prepare_scene`; its errors are returned."""
+    try:
+        return prepare_scene(root, options, job, skip_without_box=skip_without_box)
+    except AnnotationMismatch as error:
+        return SceneFailure(job.scene_id, error.messages, is_annotation_error=True)
+    except ValueError as error:
+        return SceneFailure(job.scene_id, str(error).splitlines(), is_annotation_error=False)
 
 
 def _scene_record(out: Path, scene_id: str) -> dict[str, Any] | None:
@@ -252,12 +268,21 @@ def prepare_scene(root: Path, options: TaskOptions, job: Job, skip_without_box: 
     if job.problem:
         raise ValueError(job.problem)
     scene = load_scene(root, job.scene_id, parts_to_read(options))
-    prepared: PreparedItems = []
+    skipped_inputs = (*scene.skipped_inputs, *job.skipped_inputs)
+    job, with_broken_box = split_by_objects(job, lambda object_id: object_id not in scene.broken_boxes)
+    prepared: PreparedItems = [
+        (
+            number,
+            SkippedItem(item_id, BROKEN_BOX, location, f"the box of its object in {scene.scene_id}_aligned_bbox.npy"),
+        )
+        for number, item_id, location in task.items(with_broken_box, options)
+        if with_broken_box.items
+    ]
     if skip_without_box:
-        job, without_box = split_by_boxes(scene, job)
+        job, without_box = split_by_objects(job, lambda object_id: object_id in scene.instances)
         detail = f"its object has no box in {scene.scene_id}_aligned_bbox.npy"
         items = task.items(without_box, options)
-        prepared = [(number, SkippedItem(item_id, NO_BOX, location, detail)) for number, item_id, location in items]
+        prepared += [(number, SkippedItem(item_id, NO_BOX, location, detail)) for number, item_id, location in items]
     check_objects(scene, job)
     if not prepared or job.items:  # else all items were skipped, and the task would prepare an empty job
         kind = task.kind(options)
@@ -265,11 +290,10 @@ def prepare_scene(root: Path, options: TaskOptions, job: Job, skip_without_box: 
             (number, replace(item, kind=kind) if isinstance(item, Sample) else item)
             for number, item in task.make_samples(scene, job, options)
         ]
-    check_frames([item for _, item in prepared if isinstance(item, Sample)])
-    return PreparedScene(prepared, scene.frames_without_pose, job.skipped_inputs)
+    return PreparedScene(prepared, scene.frames_without_pose, skipped_inputs)
 
 
-def _scenes_to_skip(plan: Plan, failures: Sequence[_Failure], skip: bool) -> list[_Failure]:
+def _scenes_to_skip(plan: Plan, failures: Sequence[SceneFailure], skip: bool) -> list[SceneFailure]:
     """The scenes to skip. Raises ``ValueError`` with all other failures, in the order of the annotations."""
     order = {job.scene_id: job.number for job in plan.jobs}
     failures = sorted(failures, key=lambda failure: order[failure.scene_id])
@@ -283,7 +307,7 @@ def _scenes_to_skip(plan: Plan, failures: Sequence[_Failure], skip: bool) -> lis
     return list(failures)
 
 
-def _finish(plan: Plan, out: Path, identity: Mapping[str, Any], broken: Sequence[_Failure]) -> dict[str, Any]:
+def _finish(plan: Plan, out: Path, identity: Mapping[str, Any], broken: Sequence[SceneFailure]) -> dict[str, Any]:
     """Write skipped.jsonl and the manifest; delete files of scenes that are not part of the data set.
 
     Args:
@@ -304,13 +328,7 @@ def _finish(plan: Plan, out: Path, identity: Mapping[str, Any], broken: Sequence
     files = [path for scene_id in records if (path := out / f"{scene_id}.parquet").is_file()]
     samples = sum(pq.read_metadata(path).num_rows for path in files)
     reasons = Counter(item["reason"] for item in skipped)
-    if not samples:
-        skips = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()))
-        found = f"skipped: {skips}" if skips else "it has no item for these options"
-        raise ValueError(
-            f"No samples could be made from {plan.task.annotations(plan.root, plan.options).path} ({found}); "
-            "docs/reference/data-formats.md explains the reasons."
-        )
+    check_samples(plan, samples, reasons)
     # Files of earlier annotations, and of scenes without samples.
     for path in {*out.glob("*.parquet"), *out.glob(f"*{EMPTY}")} - set(files):
         path.unlink()
@@ -328,8 +346,19 @@ def _finish(plan: Plan, out: Path, identity: Mapping[str, Any], broken: Sequence
     return manifest
 
 
+def check_samples(plan: Plan, samples: int, reasons: Mapping[str, int]) -> None:
+    """Raise ``ValueError`` with the reasons of the skipped items and their counts if there are no samples."""
+    if not samples:
+        skips = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()))
+        found = f"skipped: {skips}" if skips else "it has no item for these options"
+        raise ValueError(
+            f"No samples could be made from {plan.task.annotations(plan.root, plan.options).path} ({found}); "
+            "docs/reference/data-formats.md explains the reasons."
+        )
+
+
 def _collect_records(
-    plan: Plan, out: Path, broken: Sequence[_Failure]
+    plan: Plan, out: Path, broken: Sequence[SceneFailure]
 ) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
     """Records of the prepared scenes, and all skipped items in the order of the annotations."""
     errors = {failure.scene_id: " ".join(failure.messages) for failure in broken}

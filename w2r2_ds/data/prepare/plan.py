@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from w2r2_ds.data.sources.scannet import SceneParts, alignment_file, boxes_file
+from w2r2_ds.data.sources.frames import SceneParts
+from w2r2_ds.data.sources.scannet import alignment_file, boxes_file
 from w2r2_ds.data.tasks.base import TASKS, InputFile, Job, Task, TaskOptions, parts_to_read
-from w2r2_ds.data.tasks.common import EMBODIEDSCAN, PROPOSALS, SCANNET_ACCESS, infos_files, proposals_file
-
-EXTRACTED = f"{SCANNET_ACCESS}; docs/guides/own-dataset.md lists the files"
-BOXES = "launchers/prepare.py boxes, or ScanRefer's batch_load_scannet_data.py"
+from w2r2_ds.data.tasks.common import EMBODIEDSCAN, PROPOSALS, infos_files, proposals_file
 
 
 @dataclass(frozen=True)
@@ -110,13 +107,8 @@ def input_files(root: Path, options: TaskOptions) -> list[InputFile]:
     return files
 
 
-def scene_files(root: Path, scene_id: str, options: TaskOptions) -> Iterator[InputFile]:
-    """Input files of a scene that the preparation reads, without its frames."""
+def scene_files(root: Path, scene_id: str, options: TaskOptions) -> list[Path]:
+    """Input files of a scene that the preparation reads, without those in its folder of frames."""
     parts = parts_to_read(options)
-    if SceneParts.POSES in parts:
-        yield InputFile("alignment", alignment_file(root, scene_id), SCANNET_ACCESS)
-    if SceneParts.BOXES in parts:
-        yield InputFile("boxes", boxes_file(root, scene_id), BOXES)
-    for part, name in ((SceneParts.INTRINSICS, "intrinsic.txt"), (SceneParts.DEPTH, "depth_intrinsic.txt")):
-        if part in parts:
-            yield InputFile("intrinsics", root / "posed_images" / scene_id / name, EXTRACTED)
+    files = [alignment_file(root, scene_id)] if SceneParts.POSES in parts else []
+    return [*files, boxes_file(root, scene_id)] if SceneParts.BOXES in parts else files

@@ -26,8 +26,9 @@ import numpy as np
 import trimesh
 from pydantic import Field, TypeAdapter
 
+from w2r2_ds.data.sources.cameras import read_alignment
 from w2r2_ds.data.sources.labels import LabelMap, read_labels
-from w2r2_ds.data.sources.scannet import alignment_file, check_scene_id, read_alignment
+from w2r2_ds.data.sources.scannet import alignment_file, check_scene_id
 from w2r2_ds.data.sources.validation import FrozenModel, validate
 from w2r2_ds.utils import atomic_io
 from w2r2_ds.utils.findings import Finding

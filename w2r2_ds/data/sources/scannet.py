@@ -2,7 +2,7 @@
 
 Files below the data root, as ScanNet's and ScanRefer's preparation scripts write them::
 
-    posed_images/SCENE/00000.jpg                colour image, RGB
+    posed_images/SCENE/00000.jpg                colour image, RGB (other names: ``frame_files.py``)
                        00000.png                depth image, uint16, millimetres; 0 = no measurement
                        00000.txt                pose, 16 numbers [4, 4]: camera to raw world, metres
                        intrinsic.txt            16 numbers [4, 4], pinhole matrix of the colour images, pixels
@@ -17,53 +17,22 @@ about z in every scan; ``axisAlignment`` makes the walls parallel to x and y.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
-from enum import Flag, auto
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
-from w2r2_ds.utils.json_io import read_text
+from w2r2_ds.data.sources.cameras import check_principal_point, read_alignment, read_intrinsic
+from w2r2_ds.data.sources.frame_files import DEPTH_INTRINSIC_FILES, INTRINSIC_FILES, intrinsic_file
+from w2r2_ds.data.sources.frames import NOT_READ, Frame, SceneParts, read_frames
+from w2r2_ds.utils.findings import Finding
 
+_T = TypeVar("_T")
 _SCENE_ID = re.compile(r"[A-Za-z0-9_]{1,100}")
-_NOT_READ = np.full((4, 4), np.nan)
-"""Matrix in place of a file that was not read."""
-
-
-class SceneParts(Flag):
-    """Files of a scene besides its colour images. A task declares those that it needs; no others are read."""
-
-    NONE = 0
-    POSES = auto()
-    """The pose of every frame, and the scan's ``axisAlignment``."""
-    INTRINSICS = auto()
-    """``intrinsic.txt``."""
-    DEPTH = auto()
-    """The depth image of every frame, and ``depth_intrinsic.txt``."""
-    BOXES = auto()
-    """``SCENE_aligned_bbox.npy``."""
-
-
 ALL_PARTS = SceneParts.POSES | SceneParts.INTRINSICS | SceneParts.DEPTH | SceneParts.BOXES
-
-
-@dataclass(frozen=True)
-class Frame:
-    """One posed image.
-
-    Attributes:
-        index: frame number in the file names.
-        color: RGB image file.
-        depth: depth image file, uint16 PNG, millimetres along the camera's z axis; 0 means no measurement. It may be
-            missing if the scene was read without ``DEPTH``.
-        cam_to_world: ``[4, 4]`` float64, OpenCV camera to *axis-aligned* world (``axis_align @ pose``), metres; NaN if
-            the scene was read without ``POSES``.
-    """
-
-    index: int
-    color: Path
-    depth: Path
-    cam_to_world: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -97,6 +66,8 @@ class Scene:
         axis_align: ``[4, 4]`` float64, raw world to axis-aligned world.
         instances: object id -> instance.
         frames_without_pose: number of frames that were skipped because their pose is not finite.
+        broken_boxes: object id -> what is wrong with its box, for objects that are no instance for that reason.
+        skipped_inputs: lost frames and broken boxes, which were skipped.
     """
 
     scene_id: str
@@ -106,6 +77,8 @@ class Scene:
     axis_align: np.ndarray
     instances: dict[int, Instance]
     frames_without_pose: int
+    broken_boxes: dict[int, str] = field(default_factory=dict)
+    skipped_inputs: tuple[Finding, ...] = ()
 
 
 def check_scene_id(scene_id: str) -> str:
@@ -118,8 +91,9 @@ def check_scene_id(scene_id: str) -> str:
 def load_scene(root: Path | str, scene_id: str, parts: SceneParts = ALL_PARTS) -> Scene:
     """Read one scene.
 
-    Frames whose pose contains nan or inf, ScanNet's mark of lost tracking, are skipped and counted. This holds without
-    ``POSES`` too if there are pose files, so that all tasks choose from the same frames.
+    Lost frames are skipped and counted: those whose pose has nan or inf (ScanNet's mark of lost tracking), whose image
+    cannot be read, or that lack a file. A lost pose counts without ``POSES`` too if there are pose files, so that all
+    tasks choose from the same frames.
 
     Args:
         root: data root, see the module docstring for its files.
@@ -127,25 +101,64 @@ def load_scene(root: Path | str, scene_id: str, parts: SceneParts = ALL_PARTS) -
         parts: files to read besides the colour images; others may be missing.
 
     Raises:
-        ValueError: a file is missing or malformed (the message names it), or no frame has a valid pose.
+        ValueError: a file is missing or malformed, or too many frames are lost; one line per problem, with the file.
     """
     root = Path(root)
     check_scene_id(scene_id)
     images = root / "posed_images" / scene_id
-    axis_align = _NOT_READ
+    problems: list[str] = []
+
+    def collect(read: Callable[[], _T], default: _T) -> _T:
+        """Call a reader, so that one error has the problems of all files of the scene."""
+        try:
+            return read()
+        except ValueError as error:
+            problems.append(str(error))
+            return default
+
+    axis_align = NOT_READ
     if SceneParts.POSES in parts:
         # Boxes are in the axis-aligned world; without them, the raw world of a scan without alignment will do.
-        axis_align = read_alignment(alignment_file(root, scene_id), required=SceneParts.BOXES in parts)
-    frames, without_pose = _read_frames(images, axis_align, parts)
+        required = SceneParts.BOXES in parts
+        axis_align = collect(lambda: read_alignment(alignment_file(root, scene_id), required), np.eye(4))
+    frames = collect(lambda: read_frames(images, parts), None)
+    has_files = images.is_dir() and any(images.iterdir())  # else the error of `read_frames` is enough
+    matrices = {SceneParts.INTRINSICS: NOT_READ, SceneParts.DEPTH: NOT_READ}
+    for part, candidates, info_field in (
+        (SceneParts.INTRINSICS, INTRINSIC_FILES, "m_calibrationColorIntrinsic"),
+        (SceneParts.DEPTH, DEPTH_INTRINSIC_FILES, "m_calibrationDepthIntrinsic"),
+    ):
+        if part in parts and has_files:
+            size = None if frames is None else frames.color_size if part is SceneParts.INTRINSICS else frames.depth_size
+            file = intrinsic_file(images, candidates)
+            matrices[part] = collect(partial(_checked_intrinsic, file, info_field, size), NOT_READ)
+    boxes: dict[int, Instance] = {}
+    broken: dict[int, str] = {}
+    findings: tuple[Finding, ...] = ()
+    if SceneParts.BOXES in parts:
+        boxes, broken, findings = collect(lambda: read_instances(boxes_file(root, scene_id)), (boxes, broken, findings))
+    if problems:
+        raise ValueError("\n".join(problems))
+    assert frames is not None
     return Scene(
         scene_id=scene_id,
-        frames=frames,
-        intrinsic=_read_intrinsic(images / "intrinsic.txt") if SceneParts.INTRINSICS in parts else _NOT_READ,
-        depth_intrinsic=_read_intrinsic(images / "depth_intrinsic.txt") if SceneParts.DEPTH in parts else _NOT_READ,
+        frames=tuple(replace(frame, cam_to_world=axis_align @ frame.cam_to_world) for frame in frames.frames),
+        intrinsic=matrices[SceneParts.INTRINSICS],
+        depth_intrinsic=matrices[SceneParts.DEPTH],
         axis_align=axis_align,
-        instances=_read_instances(boxes_file(root, scene_id)) if SceneParts.BOXES in parts else {},
-        frames_without_pose=without_pose,
+        instances=boxes,
+        frames_without_pose=frames.without_pose,
+        broken_boxes=broken,
+        skipped_inputs=(*frames.lost, *findings),
     )
+
+
+def _checked_intrinsic(file: Path, info_field: str, size: tuple[Path, tuple[int, int]] | None) -> np.ndarray:
+    """The pinhole matrix of a file, compared with the size of an image: its path, and its width and height."""
+    matrix = read_intrinsic(file, info_field)
+    if size is not None:
+        check_principal_point(file, matrix, *size)
+    return matrix
 
 
 def alignment_file(root: Path, scene_id: str) -> Path:
@@ -158,107 +171,17 @@ def boxes_file(root: Path, scene_id: str) -> Path:
     return root / "scannet_data" / f"{scene_id}_aligned_bbox.npy"
 
 
-def _read_text(path: Path, content: str) -> str:
-    """Text of a file; `content` describes it in messages."""
-    return read_text(path, f"{content}; prepare the scene, or correct data.root (or --root)")
+def read_instances(path: Path) -> tuple[dict[int, Instance], dict[int, str], tuple[Finding, ...]]:
+    """Read the boxes of a scene's objects; broken ones are skipped.
 
+    All-zero rows, which ScanRefer's script writes for objects without points, are no objects.
 
-def _matrix(text: str, path: Path, field: str) -> np.ndarray:
-    """``[4, 4]`` float64 matrix of 16 numbers in a text, of which some may be nan or inf."""
-    words = text.split()
-    try:
-        values = [float(word) for word in words]
-    except ValueError:
-        raise ValueError(f"{path}: {field} holds something that is not a number; extract it again") from None
-    if len(values) != 16:
-        raise ValueError(f"{path}: {field} has {len(values)} numbers instead of 16; the file may be truncated")
-    return np.array(values, dtype=np.float64).reshape(4, 4)
-
-
-def read_alignment(path: Path, required: bool = True) -> np.ndarray:
-    """Matrix ``axisAlignment`` of a file ``scans/SCENE/SCENE.txt``: ``[4, 4]`` float64, raw to axis-aligned world.
-
-    Args:
-        path: the scan's description.
-        required: whether a file without the line is an error. If not, the result is the identity; ScanNet's hidden test
-            scans have no alignment.
+    Returns:
+        Object id -> instance; object id -> what is wrong with its box; and all broken rows.
 
     Raises:
-        ValueError: the file is missing, the matrix is not a rotation and a translation, or the line is missing although
-            it is required.
+        ValueError: the file is missing, is no array ``[N, 8]``, or every box is broken.
     """
-    for line in _read_text(path, "the scan's description").splitlines():
-        name, equals, value = line.partition("=")
-        if equals and name.strip() == "axisAlignment":
-            matrix = _matrix(value, path, "axisAlignment")
-            rotation = matrix[:3, :3]
-            if not np.isfinite(matrix).all() or not np.allclose(rotation @ rotation.T, np.eye(3), atol=1e-3):
-                raise ValueError(f"{path}: axisAlignment is not a rotation and a translation; copy the file again")
-            return matrix
-    if not required:
-        return np.eye(4)
-    raise ValueError(f"{path}: there is no line 'axisAlignment = 16 numbers'; ScanNet's hidden test scans have none")
-
-
-def _read_intrinsic(path: Path) -> np.ndarray:
-    """``[4, 4]`` float64 pinhole matrix of an intrinsics file, pixels."""
-    matrix = _matrix(_read_text(path, "the camera's intrinsics"), path, "the intrinsic matrix")
-    if not np.isfinite(matrix).all() or matrix[0, 0] <= 0 or matrix[1, 1] <= 0:
-        raise ValueError(f"{path}: the focal lengths must be positive and every entry finite; write the file again")
-    return matrix
-
-
-def _read_frames(folder: Path, axis_align: np.ndarray, parts: SceneParts) -> tuple[tuple[Frame, ...], int]:
-    """Frames of a folder whose pose is not lost, by ascending frame number, and the number of the other frames."""
-    if not folder.is_dir():
-        raise ValueError(
-            f"{folder} does not exist; extract the scene's images and poses, or correct data.root (or --root)"
-        )
-    contents = frame_files(parts)
-    # A frame exists if any of its files does; a missing one is an error. intrinsic.txt is no frame number.
-    stems = sorted({p.stem for p in folder.iterdir() if p.suffix in contents and p.stem.isdecimal()}, key=int)
-    frames, without_pose = [], 0
-    for stem in stems:
-        for suffix, content in contents.items():
-            path = folder / f"{stem}{suffix}"
-            if not path.is_file():
-                raise ValueError(f"{path} is missing: frame {stem} has no {content}; extract the scene's frames again")
-        color, depth, pose_file = (folder / f"{stem}{suffix}" for suffix in (".jpg", ".png", ".txt"))
-        if SceneParts.POSES in parts:
-            pose = _matrix(_read_text(pose_file, "a camera pose"), pose_file, "the pose")
-            is_lost = not np.isfinite(pose).all()
-        else:
-            pose = _NOT_READ
-            is_lost = pose_file.is_file() and _is_marked_lost(_read_text(pose_file, "a camera pose"))
-        if is_lost:
-            without_pose += 1
-        else:
-            # camera -> raw world -> axis-aligned world
-            frames.append(Frame(int(stem), color, depth, axis_align @ pose))
-    if not frames and (without_pose or SceneParts.POSES in parts):
-        raise ValueError(f"{folder} has no frame with a valid pose ({without_pose} not finite); extract it again")
-    if not frames:
-        raise ValueError(f"{folder} has no frames named like 00000.jpg; extract the scene's frames")
-    return tuple(frames), without_pose
-
-
-def frame_files(parts: SceneParts) -> dict[str, str]:
-    """Suffix -> content of the files of a frame that are read."""
-    files = {".jpg": "colour image"}
-    if SceneParts.POSES in parts:
-        files[".txt"] = "pose"
-    if SceneParts.DEPTH in parts:
-        files[".png"] = "depth image"
-    return files
-
-
-def _is_marked_lost(pose: str) -> bool:
-    """Whether the text of a pose has nan or inf."""
-    return any(word.lower().lstrip("+-").startswith(("nan", "inf")) for word in pose.split())
-
-
-def _read_instances(path: Path) -> dict[int, Instance]:
-    """Object id -> instance. All-zero rows, which ScanRefer's script writes for objects without points, are skipped."""
     try:
         rows = np.load(path, allow_pickle=False)
     except FileNotFoundError:
@@ -270,21 +193,33 @@ def _read_instances(path: Path) -> dict[int, Instance]:
     if not isinstance(rows, np.ndarray) or rows.ndim != 2 or rows.shape[1] != 8 or rows.dtype.kind not in "fiu":
         raise ValueError(f"{path} must hold numbers [N, 8]: cx cy cz dx dy dz label_id object_id; write it again")
     instances: dict[int, Instance] = {}
+    broken: dict[int, str] = {}
+    messages: list[str] = []
     for number, row in enumerate(rows.astype(np.float64)):
         if not row.any():
             continue
-        # columns: centre and size of the box, NYU40 id, object id
-        if not np.isfinite(row).all() or (row[6:] != np.round(row[6:])).any():
-            raise ValueError(
-                f"{path}: row {number} has a non-finite value or an id that is no integer; write the file again"
-            )
-        if (row[3:6] <= 0).any():
-            raise ValueError(
-                f"{path}: row {number} (object {int(row[7])}) has the size {row[3:6].tolist()}, and a box has positive "
-                "sides; write the file again, or fill the row with zeros to skip the object"
-            )
-        object_id = int(row[7])
-        if object_id in instances:
-            raise ValueError(f"{path}: row {number} repeats object id {object_id}; write the file again")
-        instances[object_id] = Instance(object_id, int(row[6]), row[:6].copy())
-    return instances
+        problem = _box_problem(row)
+        object_id = int(row[7]) if np.isfinite(row[7]) and row[7] == np.round(row[7]) else None
+        if object_id in instances or object_id in broken:
+            problem = f"repeats object id {object_id}"
+            instances.pop(object_id, None)  # it is unknown which of the two is right
+        if problem:
+            messages.append(f"{path}: row {number} {problem}")
+            if object_id is not None:
+                broken.setdefault(object_id, messages[-1])
+        elif object_id is not None:
+            # columns: centre and size of the box, NYU40 id, object id
+            instances[object_id] = Instance(object_id, int(row[6]), row[:6].copy())
+    if messages and not instances:
+        raise ValueError(f"{messages[0]}; every box of the file is broken, so write it again")
+    findings = tuple(Finding("broken boxes in SCENE_aligned_bbox.npy", message) for message in messages)
+    return instances, broken, findings
+
+
+def _box_problem(row: np.ndarray) -> str:
+    """What is wrong with a row of 8 numbers; empty for a valid box."""
+    if not np.isfinite(row).all() or (row[6:] != np.round(row[6:])).any():
+        return "has a non-finite value or an id that is no integer"
+    if (row[3:6] <= 0).any():
+        return f"(object {int(row[7])}) has the size {row[3:6].tolist()}, and a box has positive sides"
+    return ""

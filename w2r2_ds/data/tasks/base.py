@@ -7,7 +7,7 @@ the built-in tasks; the option ``--plugin`` registers those of users.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
@@ -16,7 +16,8 @@ import numpy as np
 
 from w2r2_ds.data.frames.selection import FrameOptions, FrameSampling
 from w2r2_ds.data.sources.embodiedscan import ScanInfo
-from w2r2_ds.data.sources.scannet import Scene, SceneParts
+from w2r2_ds.data.sources.frames import SceneParts
+from w2r2_ds.data.sources.scannet import Scene
 from w2r2_ds.types.sample import Kind, Sample
 from w2r2_ds.utils.findings import Finding
 from w2r2_ds.utils.registry import Registry
@@ -29,6 +30,7 @@ NO_WINDOW = "no_window"
 UNSEEN = (NO_INSTANCE_MATCH, NO_VISIBLE_FRAME)
 """Reasons of items that no frame shows; objects without an EmbodiedScan instance are in none of its lists."""
 BROKEN_SCENE = "broken_scene"
+BROKEN_BOX = "broken_box"
 NO_BOX = "no_box"
 
 
@@ -279,16 +281,6 @@ class Task(ABC):
         """Value of ``options.rolls`` if the command line does not set it."""
         return 1
 
-    def most_samples(self, jobs: Sequence[Job], options: TaskOptions, frames: int) -> int:
-        """Upper bound of the number of samples, computed before any scene is read.
-
-        Args:
-            jobs: all scenes of the split.
-            options: task options.
-            frames: number of images of these scenes.
-        """
-        return self.count(jobs, options)
-
 
 TASKS: Registry[Task] = Registry("task")
 
@@ -335,12 +327,17 @@ def check_objects(scene: Scene, job: Job) -> None:
         raise AnnotationMismatch(messages)
 
 
-def split_by_boxes(scene: Scene, job: Job) -> tuple[Job, Job]:
-    """The job of the items whose objects all have a box, and the job of the others."""
+def split_by_objects(job: Job, is_usable: Callable[[int], bool]) -> tuple[Job, Job]:
+    """The job of the items whose objects are all usable, and the job of the others.
 
-    def has_boxes(item: Item) -> bool:
-        return all(object_id in scene.instances for object_id in item.object_ids)
+    Args:
+        job: job of a scene.
+        is_usable: function of an object id.
+    """
 
-    with_boxes = tuple((number, item) for number, item in job.items if has_boxes(item))
-    others = tuple((number, item) for number, item in job.items if not has_boxes(item))
-    return replace(job, items=with_boxes), replace(job, items=others)
+    def usable(item: Item) -> bool:
+        return all(is_usable(object_id) for object_id in item.object_ids)
+
+    kept = tuple((number, item) for number, item in job.items if usable(item))
+    others = tuple((number, item) for number, item in job.items if not usable(item))
+    return replace(job, items=kept), replace(job, items=others)

@@ -18,9 +18,10 @@ from w2r2_ds.data.frames.visibility import (
 )
 from w2r2_ds.data.sources.annotations import Description, read_scanrefer
 from w2r2_ds.data.sources.embodiedscan import Infos, ScanInfo, read_infos
+from w2r2_ds.data.sources.frames import Frame
 from w2r2_ds.data.sources.labels import LABELS_FILE, nyu40_class, read_labels, scannet_class, unique_or_multiple
 from w2r2_ds.data.sources.proposals import BoxProposals, read_proposals
-from w2r2_ds.data.sources.scannet import Frame, Scene
+from w2r2_ds.data.sources.scannet import Scene
 from w2r2_ds.data.tasks.base import (
     NO_INSTANCE_MATCH,
     NO_VISIBLE_FRAME,

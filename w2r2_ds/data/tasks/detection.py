@@ -21,7 +21,8 @@ import numpy as np
 from w2r2_ds.boxes3d.transforms import world_to_camera
 from w2r2_ds.data.frames.visibility import keep_listed_frames
 from w2r2_ds.data.sources.embodiedscan import ScanInfo, read_infos
-from w2r2_ds.data.sources.scannet import Frame, Scene, SceneParts
+from w2r2_ds.data.sources.frames import Frame, SceneParts
+from w2r2_ds.data.sources.scannet import Scene
 from w2r2_ds.data.tasks.base import (
     NO_WINDOW,
     InputFile,
@@ -151,7 +152,3 @@ class Detection(Task):
     def recorded_options(self, options: TaskOptions) -> dict[str, Any]:
         frames = {"count": options.frames.count, "seed": options.frames.seed}
         return {"frames": frames, "interval": options.interval, "step": options.step, "windows": options.windows}
-
-    def most_samples(self, jobs: Sequence[Job], options: TaskOptions, frames: int) -> int:
-        # At most one window begins at a frame.
-        return min(frames, len(jobs) * options.windows) if options.windows else frames

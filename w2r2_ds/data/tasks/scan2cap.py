@@ -25,8 +25,9 @@ import numpy as np
 from w2r2_ds.boxes3d.transforms import world_to_camera
 from w2r2_ds.data.frames.selection import select_frames
 from w2r2_ds.data.sources.annotations import Description
+from w2r2_ds.data.sources.frames import SceneParts
 from w2r2_ds.data.sources.proposals import read_proposals
-from w2r2_ds.data.sources.scannet import Scene, SceneParts
+from w2r2_ds.data.sources.scannet import Scene
 from w2r2_ds.data.sources.validation import raise_problems
 from w2r2_ds.data.tasks.base import (
     NO_PROPOSAL,

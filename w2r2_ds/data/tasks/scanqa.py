@@ -85,8 +85,3 @@ class ScanQA(Task):
 
     def unit(self, options: TaskOptions) -> str:
         return "questions"
-
-    def most_samples(self, jobs: Sequence[Job], options: TaskOptions, frames: int) -> int:
-        if options.split != "train":
-            return self.count(jobs, options)
-        return sum(len(question.answers) for job in jobs for _, question in job.items)

@@ -17,7 +17,7 @@ empty label and no target. The world of these scans is the raw one, as in ScanRe
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import numpy as np
@@ -27,7 +27,8 @@ from w2r2_ds.data.frames.selection import select_frames
 from w2r2_ds.data.frames.visibility import clearest_frame
 from w2r2_ds.data.images import frame_size
 from w2r2_ds.data.sources.annotations import Description
-from w2r2_ds.data.sources.scannet import Scene, SceneParts
+from w2r2_ds.data.sources.frames import SceneParts
+from w2r2_ds.data.sources.scannet import Scene
 from w2r2_ds.data.tasks.base import (
     NO_INSTANCE_MATCH,
     NO_VISIBLE_FRAME,
@@ -202,7 +203,7 @@ class ScanRefer(DescriptionTask):
         scene, visibility = find_visible_frames(scene, job, options)
         if options.format == "video3dllm":
             return [(n, _world_sample(scene, job, description, options, visibility)) for n, description in job.items]
-        size = frame_size(scene.frames[0].color)
+        size = frame_size(scene.frames[0].color)  # `load_scene` has compared the sizes of all images
         return [
             (number, item)
             for number, description in job.items
@@ -238,6 +239,3 @@ class ScanRefer(DescriptionTask):
         # As in VG-LLM, which draws the frames of every sample. Other protocols would give equal samples.
         drawn = options.format == "vgllm" and options.frames.protocol == "vgllm" and options.split == "train"
         return 2 if drawn else 1
-
-    def most_samples(self, jobs: Sequence[Job], options: TaskOptions, frames: int) -> int:
-        return self.count(jobs, options) * (options.rolls if options.split == "train" else 1)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from w2r2_ds.data.sources.scannet import Frame
+from w2r2_ds.data.sources.frames import Frame
 from w2r2_ds.demo.synthetic.furniture import KINDS
 from w2r2_ds.demo.synthetic.rooms import HEIGHT, Room, RoomObject
 

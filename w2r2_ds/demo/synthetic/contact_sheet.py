@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from w2r2_ds.data.frames.projection import MIN_VISIBLE_FRACTION, box_corners, projected_area, visible_fraction
-from w2r2_ds.data.sources.scannet import Frame
+from w2r2_ds.data.sources.frames import Frame
 from w2r2_ds.demo.synthetic.rooms import RoomObject
 from w2r2_ds.demo.synthetic.sentences import Sentence
 

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from w2r2_ds.data.frames.projection import MIN_VISIBLE_FRACTION, projected_area, visible_fraction
-from w2r2_ds.data.sources.scannet import Frame
+from w2r2_ds.data.sources.frames import Frame
 from w2r2_ds.demo.synthetic.annotations import propose, scene_info
 from w2r2_ds.demo.synthetic.contact_sheet import write_sheet
 from w2r2_ds.demo.synthetic.furniture import KINDS
