@@ -64,7 +64,7 @@ def test_batches_before_a_bad_sample_are_delivered(
 
 
 def test_prefetch_and_pin_memory_options(frontend: Any, data_config: Any, samples: list[Any]) -> None:
-    sampler: Any = [[0], [1]]
+    sampler = GlobalBatchSampler(Mixture([samples], [1.0], [0]), 2, 1, rank=0, world_size=1, steps=1)
     loaders = [train_loader(samples, frontend, data_config(workers=w, prefetch=3), sampler) for w in (2, 0)]
     assert [loader.prefetch_factor for loader in loaders] == [3, None]
     assert all(loader.pin_memory == torch.cuda.is_available() for loader in loaders)

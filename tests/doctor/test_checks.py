@@ -73,6 +73,7 @@ def test_open_files(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("visual", ["images", "video"])
 def test_shared_memory(config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, visual: str) -> None:
     """The size of a micro-batch is that of the loader's tensors, times train.micro_batch, per set of frames."""
+    from w2r2_ds.data import shared_memory
     from w2r2_ds.data.images import input_bytes
 
     prepared = PreparedSet(Path(config.data.root) / "prepared", config.data.root)
@@ -80,17 +81,34 @@ def test_shared_memory(config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     largest = max(input_bytes(sample.frames, config.data) for sample in prepared)
     assert largest > 0
     usage = type(shutil.disk_usage("/"))
-    monkeypatch.setattr(host, "SHM", tmp_path)
+    monkeypatch.setattr(shared_memory, "SHM", tmp_path)
     for micro_batch, questions in ((8, 1), (8, 4)):
-        needed = largest * micro_batch // questions * 3 * 2 * 5
-        config.data.questions_per_scene = questions
+        needed = largest * micro_batch // questions * (3 * 2 + 1) * 5  # with the batch of the training process
+        config.data.questions_per_scene, config.train.micro_batch = questions, micro_batch
         monkeypatch.setattr(host.shutil, "disk_usage", lambda path, total=needed: usage(total, 0, total))
-        assert data.check_data(config.data, micro_batch, ranks=5).errors == []
+        assert data.check_data(config, ranks=5).errors == []
         monkeypatch.setattr(host.shutil, "disk_usage", lambda path, total=needed - 1: usage(total, 0, total))
-        (message,) = data.check_data(config.data, micro_batch, ranks=5).errors
+        (message,) = data.check_data(config, ranks=5).errors
         assert "train.micro_batch" in message and "data.prefetch 2" in message
     config.data.workers = 0
-    assert data.check_data(config.data, 8, ranks=5).errors == []
+    assert data.check_data(config, ranks=5).errors == []
+
+
+def test_sizes_of_cached_features_are_those_of_the_loader(config: Any, model_config: Any, tmp_path: Path) -> None:
+    """The doctor reads config.json only, the loader uses the loaded sizes."""
+    from w2r2_ds.data.loader import feature_sizes
+    from w2r2_ds.models.build import load_frontend
+    from w2r2_ds.models.feature_cache import open_cache
+
+    config.model = model_config  # with a complete config.json
+    frontend = load_frontend(model_config)
+    assert data.cached_sizes(config) is None is feature_sizes(frontend)
+    for cached in ("geometry", "geometry+2d"):
+        config.data = replace(config.data, cache=str(tmp_path), cached_features=cached)
+        with_cache = replace(frontend, cache=open_cache(config.data, config.model))
+        sizes = data.cached_sizes(config)
+        assert sizes is not None and sizes == feature_sizes(with_cache)
+        assert (sizes.token_bytes > 0) == (cached == "geometry+2d")
 
 
 def test_a_narrow_frame_is_named(config: Any, tmp_path: Path) -> None:
@@ -245,22 +263,22 @@ def test_wrong_product(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_data_sets_and_frames(config: Any, tmp_path: Path) -> None:
     """Existing data sets and frames pass; no data set, and a data set without its frames, are errors."""
-    result = data.check_data(config.data, micro_batch=1, ranks=1)
+    result = data.check_data(config, ranks=1)
     assert result.errors == [] and result.info["prepared"] == f"3 samples in {config.data.root}/prepared"
     prepared = Path(config.data.root) / "prepared"
     config.data.root = str(tmp_path)
-    assert "is not a prepared data set" in data.check_data(config.data, micro_batch=1, ranks=1).errors[0]
+    assert "is not a prepared data set" in data.check_data(config, ranks=1).errors[0]
     (tmp_path / "prepared").symlink_to(prepared)
-    assert "does not exist (3 of 3 checked frames)" in data.check_data(config.data, micro_batch=1, ranks=1).errors[0]
+    assert "does not exist (3 of 3 checked frames)" in data.check_data(config, ranks=1).errors[0]
 
 
 def test_an_unreadable_frame_is_one_error_of_its_set(config: Any) -> None:
-    complete = data.check_data(config.data, micro_batch=1, ranks=1)
+    complete = data.check_data(config, ranks=1)
     prepared = Path(config.data.root) / "prepared"
     frame = PreparedSet(prepared, config.data.root)[0].frames[0]  # of a file that other tests use
     image = frame.read_bytes()
     frame.write_bytes(b"xx")
-    result = data.check_data(config.data, micro_batch=1, ranks=1)
+    result = data.check_data(config, ranks=1)
     frame.write_bytes(image)
     assert result.errors and all(str(frame) in error for error in result.errors)
     assert result.must_match == complete.must_match and result.info.keys() >= complete.info.keys()
@@ -274,7 +292,7 @@ def test_checked_samples_are_evenly_spaced(config: Any, monkeypatch: pytest.Monk
     monkeypatch.setattr(PreparedSet, "__init__", lambda self, folder, root: None)
     monkeypatch.setattr(PreparedSet, "__getitem__", lambda self, index: decoded.append(int(index)) or sample)
     config.data = replace(config.data, val=[])
-    assert data.check_data(config.data, micro_batch=1, ranks=1).errors == []
+    assert data.check_data(config, ranks=1).errors == []
     assert decoded == [0, 2, 4, 6, 8, 10, 12, 14]
 
 

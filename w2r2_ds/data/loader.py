@@ -14,6 +14,7 @@ from w2r2_ds.data.packing import Grouping, groups_by_frames, separate_groups
 from w2r2_ds.data.processor import Features, Processor
 from w2r2_ds.data.reraising_loader import ReraisingDataLoader, ignore_stop_signals
 from w2r2_ds.data.sampler import GlobalBatchSampler
+from w2r2_ds.data.shared_memory import FeatureSizes, batch_bytes
 from w2r2_ds.models.build import VlmFrontend
 from w2r2_ds.types.batch import Batch
 from w2r2_ds.types.sample import Sample
@@ -80,6 +81,19 @@ def make_collate(
     )
 
 
+def feature_sizes(frontend: VlmFrontend) -> FeatureSizes | None:
+    """Sizes of the features in the frontend's cache; None without a cache."""
+    if frontend.cache is None:
+        return None
+    channels = frontend.family.cache_channels(frontend.meta.config) if frontend.cache.vision else 0
+    return FeatureSizes(
+        frontend.geometry.patch_size,
+        frontend.geometry.feature_dim * frontend.dtype.itemsize,
+        frontend.vision.patch_size * frontend.vision.merge_size,
+        channels * frontend.dtype.itemsize,
+    )
+
+
 def train_loader(
     samples: Sequence[Sample],
     frontend: VlmFrontend,
@@ -102,7 +116,10 @@ def train_loader(
         collate_fn=make_collate(frontend, config, with_prompts, pad_to_multiple_of=LENGTH_MULTIPLE),
         num_workers=config.workers,
         worker_init_fn=ignore_stop_signals,
-        prefetch_factor=config.prefetch if config.workers else None,
+        prefetch=config.prefetch,
+        # Samples that share their frames share the inputs of the encoders too.
+        batch_bytes=batch_bytes(samples, sampler.micro_batch, config, feature_sizes(frontend))
+        // config.questions_per_scene,
         pin_memory=torch.cuda.is_available(),  # makes the copies of `Batch.to` asynchronous
         persistent_workers=config.workers > 0,
         # The iterator draws a base seed for its workers, by default from the global random state. A separate generator
@@ -146,6 +163,8 @@ def prompt_loader(
         collate_fn=make_collate(frontend, config, with_answer=False),
         num_workers=config.workers,
         worker_init_fn=ignore_stop_signals,
+        prefetch=config.prefetch,
+        batch_bytes=batch_bytes(samples, batch_size, config, feature_sizes(frontend)),
         # As in `train_loader`: validation must not change the random state of the training that continues after it.
         generator=torch.Generator(),
     )

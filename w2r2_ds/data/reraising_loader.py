@@ -24,6 +24,8 @@ from typing import Any, Generic, TypeVar
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 from torch.utils.data._utils.pin_memory import pin_memory
 
+from w2r2_ds.data.shared_memory import choose_prefetch
+
 T = TypeVar("T")
 SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC)
 """Codes of OSError: no file descriptor, no memory, no space in /dev/shm."""
@@ -113,10 +115,33 @@ class ReraisingDataLoader(DataLoader[Any], Generic[T]):
     from one string, such as UnicodeDecodeError, it raises RuntimeError. Here the error is a ValueError with the
     worker's message (the sample or file, and what to do); the traceback is in ``error.__cause__``. So is an error of
     passing a batch on, and a worker that ends with a bus error, which a full /dev/shm causes.
+
+    Args:
+        dataset: samples.
+        collate_fn: list of samples -> batch.
+        prefetch: batches that each worker prepares ahead; lowered to what the free shared memory can hold.
+        batch_bytes: bytes of a batch in shared memory (`shared_memory.batch_bytes`).
+        num_workers: worker processes; 0 loads in the main process.
+        options: further arguments of DataLoader.
     """
 
-    def __init__(self, dataset: Dataset[Any], collate_fn: Callable[[list[Any]], T], **options: Any) -> None:
-        super().__init__(_CollatedItems(dataset, collate_fn), collate_fn=_identity, **options)
+    def __init__(
+        self,
+        dataset: Dataset[Any],
+        collate_fn: Callable[[list[Any]], T],
+        prefetch: int = 2,
+        batch_bytes: int = 0,
+        num_workers: int = 0,
+        **options: Any,
+    ) -> None:
+        super().__init__(
+            _CollatedItems(dataset, collate_fn),
+            collate_fn=_identity,
+            num_workers=num_workers,
+            prefetch_factor=prefetch if num_workers else None,
+            **options,
+        )
+        self.prefetch, self.batch_bytes = prefetch, batch_bytes
 
     def __iter__(self) -> Iterator[T]:  # type: ignore[override]
         batches = self._start()
@@ -138,6 +163,9 @@ class ReraisingDataLoader(DataLoader[Any], Generic[T]):
 
     def _start(self) -> Iterator[Any]:
         """Start the worker processes."""
+        if self.num_workers and not (self.persistent_workers and self._iterator is not None):
+            # Measured here, not earlier: other loaders, such as that of the training during a validation, hold batches.
+            self.prefetch_factor = choose_prefetch(self.batch_bytes, self.num_workers, self.prefetch)
         try:
             batches = super().__iter__()
         except OSError as error:

@@ -43,6 +43,7 @@ class VlmFrontend:
         meta: the VLM on the meta device, whose methods compute multimodal positions.
         geometry: patch size and channels of the geometry encoder.
         cache: feature cache; None without one.
+        dtype: dtype of the encoders, and so of cached features.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -50,6 +51,7 @@ class VlmFrontend:
     meta: PreTrainedModel
     geometry: GeometrySpec
     cache: FeatureCache | None = None
+    dtype: torch.dtype = torch.float32
 
     @property
     def family(self) -> VlmFamily:
@@ -64,6 +66,7 @@ def load_frontend(config: ModelConfig) -> VlmFrontend:
         vision=load_vision_spec(config.vlm),
         meta=meta_model(config.vlm),
         geometry=geometry_spec(config.geometry),
+        dtype=resolve_dtype(config.dtype),
     )
 
 

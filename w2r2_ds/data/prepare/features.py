@@ -20,6 +20,7 @@ from w2r2_ds.data.dataset import load_mixture
 from w2r2_ds.data.images import THREADS
 from w2r2_ds.data.loader import visual_kind
 from w2r2_ds.data.reraising_loader import ReraisingDataLoader, ignore_stop_signals
+from w2r2_ds.data.shared_memory import batch_bytes
 from w2r2_ds.data.validate import read_sizes, warn_of_crop
 from w2r2_ds.data.visual_inputs import VisualInputs, VisualPreprocessor
 from w2r2_ds.features.lookup import FeatureCache, flush_writes
@@ -239,6 +240,8 @@ def encode_all(
         collate_fn=itemgetter(0),
         num_workers=config.data.workers,
         worker_init_fn=ignore_stop_signals,
+        prefetch=config.data.prefetch,
+        batch_bytes=batch_bytes(samples, 1, config.data),
     )
     label = "features" + (f", rank 0 of {ranks.world_size}" if ranks.world_size > 1 else "")
     with progress(label, len(samples), ranks.rank > 0) as advance, torch.no_grad():

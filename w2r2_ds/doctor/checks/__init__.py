@@ -56,7 +56,7 @@ def node_checks(request: DoctorRequest, ranks: RankInfo) -> Checks:
             "out", Path(config.out), host.SPARE + host.missing_checkpoint_bytes(config), "the run"
         )
         if not config.demo.enabled:  # the demo creates its data and models
-            checks["data"] = lambda: data.check_data(config.data, config.train.micro_batch, ranks.local_world_size)
+            checks["data"] = lambda: data.check_data(config, ranks.local_world_size)
             checks["weights"] = lambda: data.check_weights(config.model)
         if ranks.rank == 0:
             checks["settings"] = lambda: settings.check_settings(config, request.ds_path, ranks.world_size)

@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from w2r2_ds.config.schema import DataConfig, ModelConfig
+from w2r2_ds.config.schema import ModelConfig, RunConfig
 from w2r2_ds.doctor.checks.environment import short_hash
 from w2r2_ds.doctor.checks.host import check_shared_memory
 from w2r2_ds.doctor.result import CheckResult
+from w2r2_ds.utils.json_io import read_json
+
+if TYPE_CHECKING:
+    from w2r2_ds.data.shared_memory import FeatureSizes
 
 SAMPLES_CHECKED = 8
 """Maximum number of samples per data set, evenly spaced, whose first frame is checked; training checks all frames."""
 
 
-def check_data(config: DataConfig, micro_batch: int, ranks: int) -> CheckResult:
+def check_data(run: RunConfig, ranks: int) -> CheckResult:
     """Check prepared sets and their frames, and the shared memory for micro-batches of the node's `ranks` ranks."""
     import numpy as np
 
-    from w2r2_ds.data.images import input_bytes
     from w2r2_ds.data.prepared_set import MANIFEST, PreparedSet
+    from w2r2_ds.data.shared_memory import sample_bytes
 
     result = CheckResult()
+    config, features = run.data, cached_sizes(run)
     root, largest = Path(config.root), 0
     for source in [*config.train, *config.val]:
         folder = root / source.path
@@ -37,12 +43,33 @@ def check_data(config: DataConfig, micro_batch: int, ranks: int) -> CheckResult:
                     "or copy the frames to this node, or correct data.root."
                 )
             else:
-                largest = max([largest, *(input_bytes(sample.frames, config) for sample in samples)])
+                largest = max([largest, *(sample_bytes(sample.frames, config, features) for sample in samples)])
         except ValueError as error:  # the set or a frame cannot be read
             result.errors.append(str(error))
     # Samples that share their frames share the inputs of the encoders too.
-    check_shared_memory(result, largest * micro_batch // config.questions_per_scene, config, ranks)
+    check_shared_memory(result, largest * run.train.micro_batch // config.questions_per_scene, config, ranks)
     return result
+
+
+def cached_sizes(run: RunConfig) -> FeatureSizes | None:
+    """Sizes of cached features from the models' configurations; None without a cache, or if sizes are unknown."""
+    from w2r2_ds.data.shared_memory import FeatureSizes
+    from w2r2_ds.kernels.select import resolve_dtype
+    from w2r2_ds.models.geometry_encoder import GEOMETRY_ENCODERS
+
+    model, geometry = run.model, run.model.geometry
+    if not run.data.cache or (geometry.path and not Path(geometry.path).is_dir()):  # a hub id would be downloaded
+        return None
+    try:
+        spec = GEOMETRY_ENCODERS.find(geometry.name).read_spec(geometry)
+        tree = read_json(Path(model.vlm) / "config.json")
+        tower, hidden = tree["vision_config"], tree.get("text_config", tree)["hidden_size"]
+        token = tower["patch_size"] * tower["spatial_merge_size"]
+    except (KeyError, ValueError):  # unreadable files are errors of `check_weights`
+        return None
+    itemsize = resolve_dtype(model.dtype).itemsize
+    vision = hidden * itemsize if run.data.cached_features == "geometry+2d" else 0
+    return FeatureSizes(spec.patch_size, spec.feature_dim * itemsize, token, vision)
 
 
 def check_weights(config: ModelConfig) -> CheckResult:

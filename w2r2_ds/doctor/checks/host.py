@@ -23,7 +23,6 @@ TEST_FILE_BYTES = 2**20
 BYTES_PER_PARAMETER = 20
 """Bytes of a checkpoint per trained parameter: the parameter twice (safetensors and DeepSpeed, up to 4 bytes each), a
 float32 master copy, and two Adam moments."""
-SHM = Path("/dev/shm")
 OPEN_FILES, OPEN_FILES_PER_WORKER = 256, 64
 """Open files of a rank, and in addition per data loader worker (every shared tensor is an open file)."""
 USUAL_FILES = 1024
@@ -136,12 +135,15 @@ def check_open_files(workers: int) -> CheckResult:
 
 def check_shared_memory(result: CheckResult, batch: int, config: DataConfig, ranks: int) -> None:
     """Check the size of the shared memory for the micro-batches of `batch` bytes that a node's ranks prefetch."""
-    size = shutil.disk_usage(SHM).total if SHM.is_dir() else 0
-    needed = batch * config.prefetch * config.workers * ranks
-    result.info["shared memory"] = f"{size / GIB:.1f} GiB in {SHM}"
+    from w2r2_ds.data import shared_memory
+
+    folder = shared_memory.SHM
+    size = shutil.disk_usage(folder).total if folder.is_dir() else 0
+    needed = shared_memory.needed_bytes(batch, config.workers, config.prefetch, ranks)
+    result.info["shared memory"] = f"{size / GIB:.1f} GiB in {folder}, training needs {needed / GIB:.2f}"
     if size < needed:
         result.errors.append(
-            f"{SHM} has {size / GIB:.2f} GiB, but {ranks} rank(s) with data.workers {config.workers}, data.prefetch "
-            f"{config.prefetch} and train.micro_batch (frames of {batch / 2**20:.0f} MiB) need {needed / GIB:.2f}; "
-            f"enlarge it (docker: --shm-size {-(-needed // GIB)}g), or lower them."
+            f"{folder} has {size / GIB:.2f} GiB, but {ranks} rank(s) with data.workers {config.workers}, data.prefetch "
+            f"{config.prefetch} and train.micro_batch (frames and cached features of {batch / 2**20:.0f} MiB) need "
+            f"{needed / GIB:.2f}; enlarge it (docker: --shm-size {-(-needed // GIB)}g), or lower them."
         )
