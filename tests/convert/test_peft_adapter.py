@@ -52,7 +52,10 @@ def test_an_adapter_loads_with_stock_peft_and_transformers(adapter: Path, traine
     }
     untrained = plain(**inputs).logits
     stock = PeftModel.from_pretrained(plain, str(adapter)).eval()(**inputs).logits
-    assert torch.equal(stock, model.vlm(**inputs).logits)
+    # Float32 sums in another order: the patch embedding is a matrix product, and every prompt attends by itself. The
+    # states of padding are not defined.
+    own = batch.attention_mask.bool()
+    torch.testing.assert_close(model.vlm(**inputs).logits[own], stock[own], atol=2e-5, rtol=0)
     assert (stock - untrained).abs().max() > 1e-2, "the adapter changes the model"
 
 
