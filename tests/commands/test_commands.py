@@ -95,7 +95,7 @@ def test_every_command_has_a_help_and_a_launcher(command: str, capsys: pytest.Ca
 def test_a_missing_option_is_named(words: str, options: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(words.split())
-    assert ended.value.code == 2
+    assert ended.value.code == 1
     assert f": {options};" in capsys.readouterr().err
 
 
@@ -103,7 +103,7 @@ def test_w2r2_help_lists_all_commands(capsys: pytest.CaptureFixture[str]) -> Non
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
     assert all(f"\n  {command} " in text for command in COMMANDS)
-    assert main([]) == 2 and main(["trian"]) == 2
+    assert main([]) == 1 and main(["trian"]) == 1
     assert "'trian'" in capsys.readouterr().err
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"{__version__}\n"

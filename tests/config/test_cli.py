@@ -22,7 +22,7 @@ def error_of(capsys: pytest.CaptureFixture[str], *args: str) -> str:
     """The line that a wrong command line prints on stderr."""
     with pytest.raises(SystemExit) as stopped:
         parsed(*args)
-    assert stopped.value.code == 2
+    assert stopped.value.code == 1
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1 and err.startswith("w2r2 train: ")
     return err

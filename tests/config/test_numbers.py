@@ -104,7 +104,7 @@ def test_a_number_out_of_range_of_a_command(words: str, capsys: pytest.CaptureFi
                 try:
                     assert main([*arguments, f"{option}={given}"]) == FAILED
                 except SystemExit as ended:
-                    assert ended.code == 2
+                    assert ended.code == FAILED
                 lines = capsys.readouterr().err.splitlines()
                 assert len(lines) == 1 and option.removeprefix("--") in lines[0], (option, given, lines)
 

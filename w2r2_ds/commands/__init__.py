@@ -10,6 +10,7 @@ import sys
 from importlib import import_module
 
 from w2r2_ds import __version__
+from w2r2_ds.training.fault_tolerance.exit_codes import DONE, FAILED
 
 COMMANDS = {
     "train": "train a video LLM with W2R2 (also: deepspeed launchers/train.py ...)",
@@ -29,13 +30,13 @@ def main(args: list[str] | None = None) -> int:
     words = sys.argv[1:] if args is None else args
     if not words or words[0] in ("-h", "--help"):
         print(usage())
-        return 0 if words else 2
+        return DONE if words else FAILED
     if words[0] == "--version":
         print(__version__)
-        return 0
+        return DONE
     if words[0] not in COMMANDS:
         print(f"w2r2: there is no command {words[0]!r}; use one of {', '.join(COMMANDS)}.", file=sys.stderr)
-        return 2
+        return FAILED
     status: int = import_module(f"{__name__}.{words[0]}").main(words[1:])
     return status
 

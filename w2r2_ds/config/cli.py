@@ -18,6 +18,8 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
 from w2r2_ds.utils.sanitize import one_line, without_secrets
 
+USER_ERROR = 1
+"""Exit code of a wrong option, as of every error that the user must correct (fault_tolerance/exit_codes.py)."""
 MIN_SIMILARITY = 0.65
 """Minimum similarity of a suggested name (ratio of `difflib.SequenceMatcher`)."""
 
@@ -26,11 +28,11 @@ class OneLineParser(argparse.ArgumentParser):
     """argparse's parser, with errors in one sentence instead of the usage."""
 
     def error(self, message: str) -> NoReturn:
-        """Print the error and exit with status 2, or raise ValueError if `exit_on_error` is False."""
+        """Print the error and exit with status 1, or raise ValueError if `exit_on_error` is False."""
         sentence = one_line(without_secrets(re.sub(r"^argument (--[\w.]+)", r"\1", message)))
         if not self.exit_on_error:
             raise ValueError(f"{sentence}.")
-        self.exit(2, f"{self.prog}: {sentence}; --help lists the options.\n")
+        self.exit(USER_ERROR, f"{self.prog}: {sentence}; --help lists the options.\n")
 
     def take_free_options(self, unknown: Sequence[str], given: dict[str, Any]) -> None:
         """Add hyper-parameters of registered extensions to `given`; every other unknown option is an error.
@@ -77,7 +79,7 @@ class Parser(ArgumentParser):
         super().__init__(**{"formatter_class": _HelpFormatter} | options)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print the error and exit with status 2."""
+        """Print the error and exit with status 1."""
         if not self.exit_on_error:
             super().error(message, ex)
         names = unknown_names(message)
@@ -88,7 +90,7 @@ class Parser(ArgumentParser):
         else:
             sentence = without_python_types(message)
         sentence = one_line(without_secrets(sentence))
-        self.exit(2, f"{self.prog.replace(' [options]', '')}: {sentence}; --help lists the options.\n")
+        self.exit(USER_ERROR, f"{self.prog.replace(' [options]', '')}: {sentence}; --help lists the options.\n")
 
     def _option(self, name: str) -> str:
         """The option of a field: ``--root`` for `root`, and for `boxes.root` of the subcommand `boxes`."""

@@ -17,6 +17,7 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from multiprocessing.connection import wait
 from multiprocessing.reduction import ForkingPickler
 from types import FrameType, TracebackType
 from typing import Any, Generic, TypeVar
@@ -41,6 +42,10 @@ class _WorkerError:
     traceback: str
 
 
+class _DisconnectedError(RuntimeError):
+    """A worker has closed the connection on which it passes the descriptors of a batch's shared memory."""
+
+
 @dataclass(frozen=True)
 class _SharedBatch:
     """A pickled batch whose tensors are in shared memory."""
@@ -51,14 +56,14 @@ class _SharedBatch:
         """The batch, or a `_WorkerError` if its shared memory cannot be opened. Can be called once.
 
         Raises:
-            RuntimeError: the worker, which passes the descriptors of the memory, has died.
+            _DisconnectedError: the worker has died, or its thread that passes descriptors has.
         """
         try:
             return ForkingPickler.loads(self.pickled)
         except (OSError, EOFError, RuntimeError) as error:
             if isinstance(error, RuntimeError) or getattr(error, "errno", None) in SHORTAGES:
                 return _WorkerError(shortage(error), traceback.format_exc())
-            raise RuntimeError(f"a worker process of the data loader exited unexpectedly ({error!r})") from error
+            raise _DisconnectedError(f"a worker process of the data loader exited unexpectedly ({error!r})") from error
 
     def pin_memory(self) -> Any:
         """`load`, into pinned memory; the DataLoader calls this method with ``pin_memory=True``."""
@@ -156,6 +161,10 @@ class ReraisingDataLoader(DataLoader[Any], Generic[T]):
                 workers = getattr(batches, "_workers", ())
                 if any(worker.exitcode == -signal.SIGBUS for worker in workers):
                     raise ValueError(shortage("bus error")) from error
+                # A worker without free file descriptors keeps running, but cannot pass them on. A killed worker may
+                # close its connection a moment before it counts as dead.
+                if isinstance(error, _DisconnectedError) and not wait([each.sentinel for each in workers], timeout=2):
+                    raise ValueError(shortage("too many open files in a worker")) from error
                 raise
             if isinstance(batch, _WorkerError):
                 raise ValueError(batch.message) from RuntimeError(batch.traceback)

@@ -36,7 +36,7 @@ from w2r2_ds.evaluation.scoring import (
     score_records,
 )
 from w2r2_ds.evaluation.shuffle import PAIRING_SEED, ShuffledGeometry, pair_scenes
-from w2r2_ds.kernels.select import resolve_dtype
+from w2r2_ds.kernels.select import describe_attention, resolve_dtype
 from w2r2_ds.models.build import VlmFrontend, load_frontend
 from w2r2_ds.models.w2r2 import W2R2
 from w2r2_ds.types.sample import Sample
@@ -97,6 +97,7 @@ def evaluate(
     check_writable(out)
     ranks = ranks or RankInfo()
     config = run_config(path, root, vlm, geometry_path)
+    logger.info("%s", describe_attention(config.model.attention, resolve_dtype(config.model.dtype)))
     sets = find_sets(config.data, task, data)
     whole, samples = _select_samples(sets, limit)
     boxes = read_boxes(proposals)
