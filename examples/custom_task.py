@@ -22,7 +22,7 @@ from w2r2_ds.data.tasks.parsing import AnswerError
 from w2r2_ds.evaluation.protocols.records import AnswerRecord, RecordFields, ReferenceFields
 from w2r2_ds.evaluation.protocols.registry import Protocol, register_protocol
 from w2r2_ds.types.sample import Kind, Reference, Sample
-from w2r2_ds.utils.json_io import read_json
+from w2r2_ds.utils.files.json_io import read_json
 
 
 class Count(FrozenModel):

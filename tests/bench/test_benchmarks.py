@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from w2r2_ds.bench.hf_trainer import BaselineModel, stock_forwards, stock_inputs
+from w2r2_ds.bench.hf_baseline.hf_trainer import BaselineModel, stock_forwards, stock_inputs
+from w2r2_ds.bench.hf_baseline.reference import compare_gradients, gradients, largest_difference, reference_loss
 from w2r2_ds.bench.model import Subject, build
-from w2r2_ds.bench.reference import compare_gradients, gradients, largest_difference, reference_loss
 from w2r2_ds.bench.shapes import TINY
 from w2r2_ds.bench.step_time import BASELINE, CACHES, NAIVE, SINGLE, W2R2_STEP
 from w2r2_ds.commands.bench import BENCHMARKS, main

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from docs_scripts import DOCS, docs_script
 from objectives import push_term
 from w2r2_ds.bench import cost_model
-from w2r2_ds.bench.hf_trainer import stock_forwards
+from w2r2_ds.bench.hf_baseline.hf_trainer import stock_forwards
 from w2r2_ds.bench.model import build
 from w2r2_ds.bench.shapes import TINY, find_shapes
 from w2r2_ds.training.throughput import language_flops

@@ -17,13 +17,13 @@ from w2r2_ds.config.schema import GeometryConfig, ModelConfig
 from w2r2_ds.convert.from_vgllm import import_vgllm, split_state, vggt_config
 from w2r2_ds.demo.tiny_models import build_tiny_vlm
 from w2r2_ds.models.build import build_model
-from w2r2_ds.models.loading import load_model_config, load_tokenizer, load_vision_spec, load_vlm
 from w2r2_ds.models.merger import GeometryMerger
 from w2r2_ds.models.merger_io import MERGER
 from w2r2_ds.models.vggt.encoder import VGGTEncoder
 from w2r2_ds.models.vggt.loading import load_vggt
 from w2r2_ds.models.vggt.model import VGGT, VGGTConfig
-from w2r2_ds.utils.safetensors_io import INDEX, WEIGHTS
+from w2r2_ds.models.weights.loading import load_model_config, load_tokenizer, load_vision_spec, load_vlm
+from w2r2_ds.utils.files.safetensors_io import INDEX, WEIGHTS
 
 PUBLIC_KEYS = Path(__file__).parents[1] / "golden" / "vggt" / "vggt_1b_state_dict_keys.json"
 SIZES = VGGTConfig(

@@ -14,7 +14,7 @@ from fork_server import start_ranks
 from w2r2_ds.evaluation.runner import evaluation_lock
 from w2r2_ds.training.deepspeed.process_group import free_port
 from w2r2_ds.utils.distributed import RankInfo
-from w2r2_ds.utils.file_lock import locked
+from w2r2_ds.utils.files.file_lock import locked
 
 NAME = "scanrefer-fused"
 

@@ -36,7 +36,7 @@ def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tokenizer(tiny_dir: Path) -> Any:
     """Tokenizer of the tiny Qwen2.5-VL."""
-    from w2r2_ds.models.loading import load_tokenizer
+    from w2r2_ds.models.weights.loading import load_tokenizer
 
     return load_tokenizer(tiny_dir)
 
@@ -50,7 +50,7 @@ def visual_inputs() -> Any:
 @pytest.fixture
 def vlm(tiny_dir: Path) -> Any:
     """The tiny model in float32 and eval mode, loaded for each test."""
-    from w2r2_ds.models.loading import load_vlm
+    from w2r2_ds.models.weights.loading import load_vlm
 
     return load_vlm(tiny_dir, torch.float32, "sdpa").eval()
 

@@ -15,7 +15,7 @@ from runs import SAVE_EVERY, STEPS, ZERO3, Job, World
 from w2r2_ds.config.io import DEMO_RECIPE, load_config
 from w2r2_ds.data.dataset import load_mixture
 from w2r2_ds.training.checkpoint.manifest import read_manifest, write_manifest
-from w2r2_ds.utils import atomic_io
+from w2r2_ds.utils.files import atomic_io
 
 FEW = 6
 DROPOUT: dict[str, object] = {"model__lora_dropout": 0.1, "train__steps": 4, "train__save_every": 2}

@@ -27,13 +27,13 @@ from w2r2_ds.data.answer_tokens import NUMBERS, TokenTables
 from w2r2_ds.data.collate import token_counts
 from w2r2_ds.models.frame_pixels import unit_range
 from w2r2_ds.models.fusion import make_fusion
-from w2r2_ds.models.loading import model_class
 from w2r2_ds.models.merger import GeometryMerger, split_cells
 from w2r2_ds.models.qwen2_5_vl.family import Qwen25VL
 from w2r2_ds.models.qwen2_5_vl.vision_inputs import WindowInputs
 from w2r2_ds.models.vggt.encoder import VGGTEncoder
 from w2r2_ds.models.vggt.model import VGGT
 from w2r2_ds.models.w2r2 import W2R2
+from w2r2_ds.models.weights.loading import model_class
 from w2r2_ds.objective.loss import sample_weights
 from w2r2_ds.objective.scorer import Scorer
 from w2r2_ds.training.step import W2R2Step

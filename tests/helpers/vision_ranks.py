@@ -32,7 +32,7 @@ def visuals(vlm: Any) -> Any:
     """Noise in place of two frames, one per frame set."""
     from w2r2_ds.data.collate import tower_input
     from w2r2_ds.models.family import find_family
-    from w2r2_ds.models.loading import load_vision_spec
+    from w2r2_ds.models.weights.loading import load_vision_spec
 
     noise = torch.Generator().manual_seed(0)
     frames = [
@@ -51,7 +51,7 @@ def work(folder: Path) -> None:
     from transformers.integrations import HfDeepSpeedConfig
 
     from encoder_inputs import pixel_values
-    from w2r2_ds.models.loading import load_vlm
+    from w2r2_ds.models.weights.loading import load_vlm
     from w2r2_ds.training.deepspeed.process_group import skip_shm_build
 
     torch.set_num_threads(1)

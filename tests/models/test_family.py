@@ -27,8 +27,8 @@ from w2r2_ds.models import family
 from w2r2_ds.models.build import VlmFrontend, build_model, kernel_shapes, load_frontend
 from w2r2_ds.models.family import BUILT_IN, find_family
 from w2r2_ds.models.feature_cache import open_cache, vision_identity
-from w2r2_ds.models.loading import load_vlm
 from w2r2_ds.models.qwen2_5_vl.family import Qwen25VL
+from w2r2_ds.models.weights.loading import load_vlm
 from w2r2_ds.objective.scorer import Scorer
 from w2r2_ds.training.step import W2R2Step
 from w2r2_ds.types.vision import TowerSizes

@@ -17,7 +17,7 @@ from w2r2_ds.config.schema import ModelConfig
 from w2r2_ds.models.feature_cache import geometry_identity, open_cache, vision_identity
 from w2r2_ds.models.qwen2_5_vl.family import Qwen25VL
 from w2r2_ds.models.vggt.encoder import VGGTEncoder
-from w2r2_ds.models.weights_hash import model_weights
+from w2r2_ds.models.weights.weights_hash import model_weights
 from w2r2_ds.types.geometry import GeometrySpec
 
 

@@ -15,8 +15,8 @@ from torch.nn.functional import layer_norm
 from encoder_inputs import pixel_values
 from w2r2_ds.models.build import build_model, trainable
 from w2r2_ds.models.fusion import FUSIONS, NUM_HEADS, Fusion, make_fusion, position_embeddings
-from w2r2_ds.models.loading import load_vlm
 from w2r2_ds.models.token_masking import mask_images
+from w2r2_ds.models.weights.loading import load_vlm
 
 SIZES = (3, 3, 5, 0, 2)
 WIDTH = 16

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from w2r2_ds.models.flops import num_lora_parameters
-from w2r2_ds.models.loading import load_vlm, meta_model
 from w2r2_ds.models.lora import add_lora, trainable_table
 from w2r2_ds.models.merger import GeometryMerger
+from w2r2_ds.models.weights.loading import load_vlm, meta_model
 
 CONFIGS = Path(__file__).parent / "configs"
 LEAVES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

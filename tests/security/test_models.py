@@ -16,9 +16,9 @@ from w2r2_ds.config.schema import RunConfig
 from w2r2_ds.convert.from_vgllm import check_no_remote_code
 from w2r2_ds.convert.peft_adapter import adapter_config, export_adapter, load_adapter
 from w2r2_ds.models.build import build_model, trainable
-from w2r2_ds.models.loading import load_tokenizer, load_vlm, meta_model
+from w2r2_ds.models.weights.loading import load_tokenizer, load_vlm, meta_model
 from w2r2_ds.training.checkpoint.manifest import write_manifest
-from w2r2_ds.utils.safetensors_io import weight_files
+from w2r2_ds.utils.files.safetensors_io import weight_files
 from w2r2_ds.utils.versions import versions
 
 WEIGHTS, INDEX, BIN = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
@@ -104,7 +104,7 @@ def test_attention_of_the_hub_is_rejected_as_an_option(model_config: Any) -> Non
 def test_flash_attention_that_is_not_installed_is_not_fetched(
     model_config: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("w2r2_ds.models.hub_safety.import_problem", lambda name: "is not installed")
+    monkeypatch.setattr("w2r2_ds.models.weights.hub_safety.import_problem", lambda name: "is not installed")
     with pytest.raises(ValueError, match=r"flash_attention_2.*flash_attn is not installed"):
         load_vlm(model_config.vlm, torch.float32, "flash_attention_2")
 

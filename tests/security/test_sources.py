@@ -84,7 +84,7 @@ def test_no_script_evaluates_its_arguments() -> None:
 def test_every_module_is_checked() -> None:
     names = {str(path.relative_to(ROOT)) for path in PYTHON}
     assert {
-        "w2r2_ds/models/loading.py",
+        "w2r2_ds/models/weights/loading.py",
         "w2r2_ds/training/checkpoint/save.py",
         "launchers/train.py",
     } <= names

@@ -13,7 +13,7 @@ from torch.nn.functional import log_softmax
 from encoder_inputs import pixel_values
 from reference_passes import hand_loss, shortcut_of
 from w2r2_ds.models.build import trainable
-from w2r2_ds.models.loading import load_vlm
+from w2r2_ds.models.weights.loading import load_vlm
 from w2r2_ds.objective.loss import STATS
 from w2r2_ds.objective.push_terms import PUSH_TERMS
 from w2r2_ds.objective.scorer import Score, Scorer

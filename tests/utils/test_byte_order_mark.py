@@ -31,7 +31,7 @@ from w2r2_ds.data.tasks.base import TaskOptions
 from w2r2_ds.evaluation.predictions.record import record_of
 from w2r2_ds.evaluation.predictions.rescore import score_file
 from w2r2_ds.types.sample import Sample
-from w2r2_ds.utils.json_io import read_json_object
+from w2r2_ds.utils.files.json_io import read_json_object
 
 MARK = b"\xef\xbb\xbf"
 EXAMPLES = Path(__file__).parents[2] / "examples"

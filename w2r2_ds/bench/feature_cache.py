@@ -25,7 +25,7 @@ from w2r2_ds.models.vggt.encoder import VGGTEncoder
 from w2r2_ds.models.vggt.model import VGGT
 from w2r2_ds.models.w2r2 import W2R2
 from w2r2_ds.types.batch import Batch, to_device
-from w2r2_ds.utils import atomic_io
+from w2r2_ds.utils.files import atomic_io
 
 COMPUTE, READ, DECODE = "VGGT", "read and verify checksum", "decode and resize, which a cache hit skips too"
 HASH, WRITE = "hash the frames, once per process", "write and fsync, once"

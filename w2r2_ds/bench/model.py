@@ -31,12 +31,12 @@ from w2r2_ds.models.attention.sdpa_backends import disable_cudnn_sdpa
 from w2r2_ds.models.build import VlmFrontend, trainable
 from w2r2_ds.models.family import find_family
 from w2r2_ds.models.fusion import make_fusion
-from w2r2_ds.models.loading import meta_model
 from w2r2_ds.models.lora import add_lora
 from w2r2_ds.models.merger import GeometryMerger
 from w2r2_ds.models.vggt.encoder import VGGTEncoder, spec_of
 from w2r2_ds.models.vggt.model import VGGT
 from w2r2_ds.models.w2r2 import W2R2
+from w2r2_ds.models.weights.loading import meta_model
 from w2r2_ds.objective.scorer import Scorer
 from w2r2_ds.training.activation_checkpointing import recompute
 from w2r2_ds.training.step import W2R2Step

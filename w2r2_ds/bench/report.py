@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from w2r2_ds.utils import atomic_io
+from w2r2_ds.utils.files import atomic_io
 from w2r2_ds.utils.versions import versions
 
 

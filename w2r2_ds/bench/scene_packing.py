@@ -9,9 +9,9 @@ from torch import Tensor
 
 from w2r2_ds.bench.feature_cache import CachedFeatures
 from w2r2_ds.bench.harness import Case, Lap, find_device, interleave, time_ratio
-from w2r2_ds.bench.hf_trainer import BaselineTrainer, TowerOutputs
+from w2r2_ds.bench.hf_baseline.hf_trainer import BaselineTrainer, TowerOutputs
+from w2r2_ds.bench.hf_baseline.reference import gradients, largest_difference
 from w2r2_ds.bench.model import Subject, bench_optimizer, build, shape_description, update
-from w2r2_ds.bench.reference import gradients, largest_difference
 from w2r2_ds.bench.report import BenchReport, Criterion
 from w2r2_ds.bench.shapes import Shape, find_shapes
 from w2r2_ds.bench.step_time import BASELINE, BOTH, GRADIENT_TOLERANCE, SINGLE, W2R2_STEP, predicted, single_pass

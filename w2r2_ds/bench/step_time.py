@@ -14,9 +14,9 @@ from torch import Tensor
 from w2r2_ds.bench import cost_model
 from w2r2_ds.bench.feature_cache import CachedFeatures
 from w2r2_ds.bench.harness import Case, Spread, find_device, in_fresh_process, interleave, peak_bytes, time_ratio
-from w2r2_ds.bench.hf_trainer import BaselineTrainer, stock_forwards
+from w2r2_ds.bench.hf_baseline.hf_trainer import BaselineTrainer, stock_forwards
+from w2r2_ds.bench.hf_baseline.reference import compare_gradients, reference_loss
 from w2r2_ds.bench.model import Subject, bench_optimizer, build, shape_description, update
-from w2r2_ds.bench.reference import compare_gradients, reference_loss
 from w2r2_ds.bench.report import BenchReport, Criterion
 from w2r2_ds.bench.shapes import Shape, find_shapes
 from w2r2_ds.kernels.select import resolve_dtype

@@ -16,7 +16,7 @@ from w2r2_ds.commands.errors import reports_errors
 from w2r2_ds.config.cli import Parser
 from w2r2_ds.config.numbers import check_numbers
 from w2r2_ds.training.fault_tolerance.exit_codes import FAILED
-from w2r2_ds.utils.output_folder import check_writable
+from w2r2_ds.utils.files.output_folder import check_writable
 
 
 @reports_errors("bench")
@@ -52,7 +52,7 @@ def baseline(shape: str = "cpu", frames: list[int] | None = None, rounds: int = 
         frames: numbers of frames per sample; default: the shape's own.
         rounds: number of steps.
     """
-    from w2r2_ds.bench.baseline import run
+    from w2r2_ds.bench.hf_baseline.baseline import run
 
     return run(shape, frames, rounds)
 

@@ -18,7 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 from w2r2_ds.config.cli import OneLineParser, did_you_mean
 from w2r2_ds.config.options import FREE_SECTIONS, add_options, options, set_option
 from w2r2_ds.config.schema import ModelConfig, RunConfig
-from w2r2_ds.utils import atomic_io
+from w2r2_ds.utils.files import atomic_io
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 DEMO_RECIPE = RECIPES / "demo.yaml"

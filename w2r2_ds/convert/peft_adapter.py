@@ -26,9 +26,9 @@ from w2r2_ds.models.w2r2 import W2R2
 from w2r2_ds.training.checkpoint.compat import check_fingerprint
 from w2r2_ds.training.checkpoint.manifest import MANIFEST, find_checkpoint, read_manifest
 from w2r2_ds.training.checkpoint.weights import load_trainable
-from w2r2_ds.utils.json_io import read_json_object
-from w2r2_ds.utils.output_folder import new_folder
-from w2r2_ds.utils.safetensors_io import read_strictly
+from w2r2_ds.utils.files.json_io import read_json_object
+from w2r2_ds.utils.files.output_folder import new_folder
+from w2r2_ds.utils.files.safetensors_io import read_strictly
 from w2r2_ds.utils.versions import versions
 
 ADAPTER_CARD, LORA = "w2r2_card.json", "adapter_model.safetensors"

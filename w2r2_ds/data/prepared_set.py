@@ -22,8 +22,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from w2r2_ds.types.sample import LabeledBox, Reference, Sample, Target
-from w2r2_ds.utils import atomic_io
-from w2r2_ds.utils.hashing import json_sha256
+from w2r2_ds.utils.files import atomic_io
+from w2r2_ds.utils.files.hashing import json_sha256
 from w2r2_ds.utils.sanitize import CONTROL
 
 VERSION = 5

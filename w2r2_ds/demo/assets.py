@@ -22,7 +22,7 @@ from w2r2_ds.demo.pretrain import warm_up
 from w2r2_ds.demo.synthetic.write import write_dataset
 from w2r2_ds.demo.tiny_models import build_tiny_vggt, build_tiny_vlm
 from w2r2_ds.models.build import load_frontend
-from w2r2_ds.models.loading import load_vlm
+from w2r2_ds.models.weights.loading import load_vlm
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from w2r2_ds.config.schema import DataConfig
 from w2r2_ds.data.mixture import Mixture
 from w2r2_ds.data.prepared_set import MANIFEST, PreparedSet, read_manifest
 from w2r2_ds.evaluation.protocols.records import raise_with_first
-from w2r2_ds.utils.hashing import file_sha256
+from w2r2_ds.utils.files.hashing import file_sha256
 
 
 def find_sets(config: DataConfig, task: str | None = None, data: Path | None = None) -> list[PreparedSet]:

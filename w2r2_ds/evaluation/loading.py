@@ -16,7 +16,7 @@ from w2r2_ds.models.w2r2 import W2R2
 from w2r2_ds.training.checkpoint.compat import check_fingerprint
 from w2r2_ds.training.checkpoint.manifest import MANIFEST, TENSORS, find_checkpoint, read_manifest
 from w2r2_ds.training.checkpoint.weights import load_trainable
-from w2r2_ds.utils.hashing import files_sha256
+from w2r2_ds.utils.files.hashing import files_sha256
 
 
 def run_config(

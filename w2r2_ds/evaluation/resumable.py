@@ -21,8 +21,8 @@ from typing import Any, TextIO, overload
 
 from w2r2_ds.evaluation.protocols.records import AnswerRecord, raise_with_first
 from w2r2_ds.types.sample import Sample
-from w2r2_ds.utils import atomic_io
-from w2r2_ds.utils.json_io import read_json, read_jsonl
+from w2r2_ds.utils.files import atomic_io
+from w2r2_ds.utils.files.json_io import read_json, read_jsonl
 from w2r2_ds.utils.sanitize import CONTROL
 
 RUN = "run.json"

@@ -41,8 +41,8 @@ from w2r2_ds.models.build import VlmFrontend, load_frontend
 from w2r2_ds.models.w2r2 import W2R2
 from w2r2_ds.types.sample import Sample
 from w2r2_ds.utils.distributed import RankInfo, barrier, raise_on_all_ranks
-from w2r2_ds.utils.file_lock import locked
-from w2r2_ds.utils.output_folder import check_writable
+from w2r2_ds.utils.files.file_lock import locked
+from w2r2_ds.utils.files.output_folder import check_writable
 from w2r2_ds.utils.parallel import set_num_threads
 from w2r2_ds.utils.progress import progress
 

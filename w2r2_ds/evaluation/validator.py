@@ -27,7 +27,7 @@ from w2r2_ds.models.build import VlmFrontend
 from w2r2_ds.training.validation import draw_subset, rank_subset
 from w2r2_ds.types.sample import Sample
 from w2r2_ds.utils.distributed import raise_on_all_ranks
-from w2r2_ds.utils.hashing import json_sha256
+from w2r2_ds.utils.files.hashing import json_sha256
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine

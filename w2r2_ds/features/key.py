@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from w2r2_ds.utils import atomic_io
-from w2r2_ds.utils.hashing import FileVersion, file_version, json_sha256
+from w2r2_ds.utils.files import atomic_io
+from w2r2_ds.utils.files.hashing import FileVersion, file_version, json_sha256
 
 VERSION = 1
 """Version of the pre-processing and encoder code; increase it when the same frames and weights give other values."""

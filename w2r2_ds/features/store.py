@@ -26,7 +26,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from w2r2_ds.utils import atomic_io
+from w2r2_ds.utils.files import atomic_io
 
 logger = logging.getLogger(__name__)
 

@@ -23,12 +23,12 @@ from w2r2_ds.models.attention.causal_sdpa import use_causal_sdpa
 from w2r2_ds.models.family import VlmFamily, find_family
 from w2r2_ds.models.fusion import make_fusion
 from w2r2_ds.models.geometry_encoder import GEOMETRY_ENCODERS, GeometryEncoder
-from w2r2_ds.models.loading import load_model_config, load_tokenizer, load_vision_spec, load_vlm, meta_model
 from w2r2_ds.models.lora import add_lora
 from w2r2_ds.models.merger import GeometryMerger
 from w2r2_ds.models.merger_io import load_merger
 from w2r2_ds.models.w2r2 import W2R2
-from w2r2_ds.models.weights_hash import weights_identity
+from w2r2_ds.models.weights.loading import load_model_config, load_tokenizer, load_vision_spec, load_vlm, meta_model
+from w2r2_ds.models.weights.weights_hash import weights_identity
 from w2r2_ds.types.geometry import GeometrySpec
 from w2r2_ds.types.vision import VisionSpec
 

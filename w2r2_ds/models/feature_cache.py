@@ -12,8 +12,8 @@ from w2r2_ds.features.store import FeatureStore
 from w2r2_ds.kernels.select import resolve_dtype, segment_attention
 from w2r2_ds.models.family import find_family
 from w2r2_ds.models.geometry_encoder import GEOMETRY_ENCODERS
-from w2r2_ds.models.loading import load_model_config, load_vision_spec
-from w2r2_ds.models.weights_hash import model_weights, tensors_digest
+from w2r2_ds.models.weights.loading import load_model_config, load_vision_spec
+from w2r2_ds.models.weights.weights_hash import model_weights, tensors_digest
 
 
 def open_cache(data: DataConfig, model: ModelConfig) -> FeatureCache | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from w2r2_ds.models.w2r2 import W2R2
-from w2r2_ds.utils.safetensors_io import read_strictly
+from w2r2_ds.utils.files.safetensors_io import read_strictly
 
 MERGER = "geometry_merger.safetensors"
 FUSION = "fusion."

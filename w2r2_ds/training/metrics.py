@@ -16,9 +16,9 @@ import torch
 
 from w2r2_ds.training.progress_line import ProgressLine
 from w2r2_ds.training.trackers import TRACKERS, Tracker, check_trackers
-from w2r2_ds.utils import atomic_io
 from w2r2_ds.utils.distributed import raise_on_all_ranks
-from w2r2_ds.utils.json_io import read_jsonl
+from w2r2_ds.utils.files import atomic_io
+from w2r2_ds.utils.files.json_io import read_jsonl
 
 METRICS_FILE = "metrics.jsonl"
 PROCESS_STATUS = Path("/proc/self/status")

@@ -17,7 +17,7 @@ from w2r2_ds.data.prepare.manifest import summary_line
 from w2r2_ds.data.prepare.pipeline import prepare
 from w2r2_ds.data.prepared_set import PreparedSet
 from w2r2_ds.data.tasks.scanrefer import ScanRefer
-from w2r2_ds.utils.hashing import file_sha256
+from w2r2_ds.utils.files.hashing import file_sha256
 
 
 def test_the_summary_compares_with_the_published_count(scenes: Path, monkeypatch: pytest.MonkeyPatch) -> None:

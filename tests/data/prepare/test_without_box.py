@@ -17,7 +17,7 @@ from w2r2_ds.data.prepare.manifest import summary_line
 from w2r2_ds.data.prepare.pipeline import SKIPPED_FILE, prepare
 from w2r2_ds.data.prepared_set import PreparedSet
 from w2r2_ds.data.tasks.base import TaskOptions
-from w2r2_ds.utils.file_lock import locked
+from w2r2_ds.utils.files.file_lock import locked
 
 SECOND = "scene0001_00"
 TWO = FrameOptions("uniform", 2)

@@ -21,7 +21,7 @@ from w2r2_ds.models.attention.causal_sdpa import (
 )
 from w2r2_ds.models.attention.vision import VISION_ATTENTION
 from w2r2_ds.models.build import build_model
-from w2r2_ds.models.loading import load_vlm
+from w2r2_ds.models.weights.loading import load_vlm
 
 HEADS, KEY_HEADS, LENGTH, SIZE = 4, 2, 9, 8
 

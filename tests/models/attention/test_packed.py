@@ -14,7 +14,7 @@ from transformers import AttentionInterface
 from packed_batches import visible
 from varlen_reference import flash_attn_package, torch_varlen_on_cpu
 from w2r2_ds.models.attention.packed import PACKED, attention_inputs, segment_lengths, use_packed_attention
-from w2r2_ds.models.loading import load_vlm
+from w2r2_ds.models.weights.loading import load_vlm
 from w2r2_ds.types.batch import Layout
 
 SPANS = {

@@ -12,7 +12,7 @@ from torch.backends.cuda import cudnn_sdp_enabled, enable_cudnn_sdp
 
 from w2r2_ds.models.attention.sdpa_backends import cudnn_sdpa
 from w2r2_ds.models.build import load_geometry
-from w2r2_ds.models.loading import load_vlm
+from w2r2_ds.models.weights.loading import load_vlm
 
 
 @pytest.fixture(autouse=True)

@@ -17,8 +17,8 @@ from w2r2_ds.data.collate import token_counts, tower_input
 from w2r2_ds.models.attention import varlen, vision
 from w2r2_ds.models.attention.vision import VISION_ATTENTION
 from w2r2_ds.models.family import find_family
-from w2r2_ds.models.loading import load_vision_spec, load_vlm
 from w2r2_ds.models.qwen2_5_vl.vision_inputs import WindowInputs
+from w2r2_ds.models.weights.loading import load_vision_spec, load_vlm
 from w2r2_ds.types.batch import Visuals, to_device
 
 GRIDS = {"image": [[1, 4, 6], [1, 10, 4]], "video": [[3, 4, 6], [1, 6, 6]]}

@@ -27,7 +27,7 @@ from w2r2_ds.training.checkpoint.manifest import (
     write_manifest,
     write_pointer,
 )
-from w2r2_ds.utils import atomic_io
+from w2r2_ds.utils.files import atomic_io
 
 CONTENT = {TENSORS: b"tensors" * 100, "engine/shard.pt": b"shard" * 100, "config.yaml": b"seed: 0\n", "rng-0.pt": b"r"}
 

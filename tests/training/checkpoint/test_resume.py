@@ -15,7 +15,7 @@ from w2r2_ds.training.checkpoint.manifest import TENSORS, step_folder, step_fold
 from w2r2_ds.training.checkpoint.ownership import OwnershipToken
 from w2r2_ds.training.checkpoint.resume import StartPoint, find_start, take_over
 from w2r2_ds.training.fault_tolerance.exit_codes import RetryableError
-from w2r2_ds.utils import atomic_io
+from w2r2_ds.utils.files import atomic_io
 
 
 @pytest.fixture(autouse=True)

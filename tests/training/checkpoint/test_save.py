@@ -16,8 +16,8 @@ from w2r2_ds.training.checkpoint import save
 from w2r2_ds.training.checkpoint.compat import check_same_data, check_same_run
 from w2r2_ds.training.checkpoint.manifest import find_checkpoint, write_manifest
 from w2r2_ds.training.checkpoint.save import check_size, replace_folder
-from w2r2_ds.utils import atomic_io
-from w2r2_ds.utils.atomic_io import Digest
+from w2r2_ds.utils.files import atomic_io
+from w2r2_ds.utils.files.atomic_io import Digest
 
 
 @pytest.mark.distributed

@@ -18,7 +18,7 @@ from torch import nn
 import scaled_gathers
 from runs import ZERO3, run_ranks
 from w2r2_ds.demo.tiny_models import build_tiny_vlm
-from w2r2_ds.models.loading import meta_model
+from w2r2_ds.models.weights.loading import meta_model
 from zero3_cases import Case
 
 pytestmark = pytest.mark.distributed

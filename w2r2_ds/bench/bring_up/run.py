@@ -19,7 +19,7 @@ from rich.console import Console
 from w2r2_ds.bench.bring_up import gpu_tests, modules, sdpa_backends, step_equivalence, steps, zero3
 from w2r2_ds.bench.bring_up.settings import Settings
 from w2r2_ds.bench.report import BenchReport, describe_machine
-from w2r2_ds.utils import atomic_io
+from w2r2_ds.utils.files import atomic_io
 
 logger = logging.getLogger(__name__)
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from w2r2_ds.bench.bring_up.settings import Settings
+from w2r2_ds.bench.hf_baseline.reference import gradients
 from w2r2_ds.bench.model import SEED, build
-from w2r2_ds.bench.reference import gradients
 from w2r2_ds.bench.report import BenchReport, Criterion
 from w2r2_ds.bench.shapes import TINY
 from w2r2_ds.kernels.select import ALL_KERNELS, TORCH_KERNELS, Kernels

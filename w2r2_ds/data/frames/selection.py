@@ -23,7 +23,7 @@ import numpy as np
 
 from w2r2_ds.data.frames.coverage import covering_frames
 from w2r2_ds.data.sources.scannet import Scene
-from w2r2_ds.utils.json_io import read_json_object
+from w2r2_ds.utils.files.json_io import read_json_object
 
 FrameSampling = Literal["uniform", "vgllm", "scene_sets", "coverage", "list"]
 

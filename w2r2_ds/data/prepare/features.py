@@ -30,7 +30,7 @@ from w2r2_ds.models.build import geometry_spec, load_geometry
 from w2r2_ds.models.family import find_family
 from w2r2_ds.models.feature_cache import open_cache
 from w2r2_ds.models.frame_pixels import unit_range
-from w2r2_ds.models.loading import load_model_config, load_vision_spec, load_vlm
+from w2r2_ds.models.weights.loading import load_model_config, load_vision_spec, load_vlm
 from w2r2_ds.types.batch import to_device
 from w2r2_ds.types.geometry import GeometrySpec
 from w2r2_ds.types.sample import Sample

@@ -12,7 +12,7 @@ from w2r2_ds.data.prepare.plan import Plan, recorded_options, scene_files
 from w2r2_ds.data.prepare.unseen import Unseen, unseen_line
 from w2r2_ds.data.prepared_set import MANIFEST, VERSION, read_manifest
 from w2r2_ds.data.sources.frame_files import list_names
-from w2r2_ds.utils.hashing import file_sha256, json_sha256
+from w2r2_ds.utils.files.hashing import file_sha256, json_sha256
 
 MISSING = "missing"
 """Value in place of the hash of a missing file."""

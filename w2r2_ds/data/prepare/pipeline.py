@@ -48,11 +48,11 @@ from w2r2_ds.data.tasks.base import (
     split_by_objects,
 )
 from w2r2_ds.types.sample import Sample
-from w2r2_ds.utils import atomic_io
-from w2r2_ds.utils.file_lock import locked
+from w2r2_ds.utils.files import atomic_io
+from w2r2_ds.utils.files.file_lock import locked
+from w2r2_ds.utils.files.hashing import file_sha256, json_sha256
+from w2r2_ds.utils.files.output_folder import check_writable
 from w2r2_ds.utils.findings import Finding, by_kind
-from w2r2_ds.utils.hashing import file_sha256, json_sha256
-from w2r2_ds.utils.output_folder import check_writable
 from w2r2_ds.utils.parallel import listed, run_all
 from w2r2_ds.utils.progress import progress
 

@@ -30,9 +30,9 @@ from w2r2_ds.data.sources.cameras import read_alignment
 from w2r2_ds.data.sources.labels import LabelMap, read_labels
 from w2r2_ds.data.sources.scannet import alignment_file, check_scene_id
 from w2r2_ds.data.sources.validation import FrozenModel, validate
-from w2r2_ds.utils import atomic_io
+from w2r2_ds.utils.files import atomic_io
+from w2r2_ds.utils.files.json_io import read_json, read_text
 from w2r2_ds.utils.findings import Finding
-from w2r2_ds.utils.json_io import read_json, read_text
 from w2r2_ds.utils.parallel import listed, run_all
 from w2r2_ds.utils.progress import progress
 from w2r2_ds.utils.sanitize import one_line

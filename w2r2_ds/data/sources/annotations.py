@@ -33,7 +33,7 @@ from w2r2_ds.data.sources.validation import (
     raise_problems,
     validate,
 )
-from w2r2_ds.utils.json_io import read_json
+from w2r2_ds.utils.files.json_io import read_json
 
 SCANREFER_FILES = "ScanRefer's annotations, which its authors send on request"
 SCANQA_FILES = "ScanQA's annotations, from its public download"

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-from w2r2_ds.utils.json_io import read_text
+from w2r2_ds.utils.files.json_io import read_text
 
 LABELS_FILE = "scannetv2-labels.combined.tsv"
 LabelMap = Mapping[str, tuple[int, str]]

@@ -18,7 +18,7 @@ from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
 from w2r2_ds.data.sources.scannet import check_scene_id
 from w2r2_ds.data.sources.validation import error_lines, raise_problems, validate
-from w2r2_ds.utils.json_io import read_json
+from w2r2_ds.utils.files.json_io import read_json
 from w2r2_ds.utils.sanitize import one_line
 
 SOURCE = "a JSON object that maps a scene to its proposed boxes, such as Mask3D's from VG-LLM's public data"

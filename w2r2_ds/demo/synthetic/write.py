@@ -19,9 +19,9 @@ from w2r2_ds.demo.synthetic.annotations import write_infos
 from w2r2_ds.demo.synthetic.furniture import KINDS
 from w2r2_ds.demo.synthetic.options import SPLITS, Options, scene_id
 from w2r2_ds.demo.synthetic.scene import SceneEntries, write_scene
-from w2r2_ds.utils.atomic_io import add_filename
+from w2r2_ds.utils.files.atomic_io import add_filename
+from w2r2_ds.utils.files.output_folder import PARTIAL, check_writable, fill, is_empty
 from w2r2_ds.utils.interrupts import ignore_interrupts
-from w2r2_ds.utils.output_folder import PARTIAL, check_writable, fill, is_empty
 
 VERSION = 2
 """Version of the content; increase it if the same options give other files."""

@@ -9,7 +9,7 @@ from w2r2_ds.config.schema import ModelConfig, RunConfig
 from w2r2_ds.doctor.checks.environment import short_hash
 from w2r2_ds.doctor.checks.host import check_shared_memory
 from w2r2_ds.doctor.result import CheckResult
-from w2r2_ds.utils.json_io import read_json
+from w2r2_ds.utils.files.json_io import read_json
 
 if TYPE_CHECKING:
     from w2r2_ds.data.shared_memory import FeatureSizes
@@ -96,7 +96,7 @@ def check_weights(config: ModelConfig) -> CheckResult:
 
 
 def _hash_model(result: CheckResult, field: str, folder: Path) -> None:
-    from w2r2_ds.models.weights_hash import weights_identity
+    from w2r2_ds.models.weights.weights_hash import weights_identity
 
     try:
         result.must_match[f"{field} ({folder})"] = weights_identity(folder)

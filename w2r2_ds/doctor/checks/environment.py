@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
 from w2r2_ds.doctor.result import CheckResult
-from w2r2_ds.utils.hashing import files_sha256
+from w2r2_ds.utils.files.hashing import files_sha256
 
 DISTRIBUTION = "w2r2-ds"
 PACKAGE = Path(__file__).parents[2]

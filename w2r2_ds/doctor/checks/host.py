@@ -12,9 +12,9 @@ from w2r2_ds.config.schema import DataConfig, RunConfig
 from w2r2_ds.doctor.result import CheckResult
 from w2r2_ds.doctor.timeouts import brief
 from w2r2_ds.training.checkpoint.manifest import DAMAGED
-from w2r2_ds.utils import atomic_io
-from w2r2_ds.utils.json_io import read_json
-from w2r2_ds.utils.output_folder import existing_parent
+from w2r2_ds.utils.files import atomic_io
+from w2r2_ds.utils.files.json_io import read_json
+from w2r2_ds.utils.files.output_folder import existing_parent
 
 GIB = 2**30
 SPARE = GIB

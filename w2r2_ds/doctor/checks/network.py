@@ -15,7 +15,7 @@ from torch._C._distributed_c10d import PrefixStore, TCPStore
 from w2r2_ds.doctor.result import CheckResult, RankReport
 from w2r2_ds.doctor.timeouts import brief, call_with_timeout
 from w2r2_ds.utils.distributed import RankInfo
-from w2r2_ds.utils.output_folder import existing_parent
+from w2r2_ds.utils.files.output_folder import existing_parent
 
 CONNECT_SECONDS = 240.0
 """Time-out until all ranks have connected; importing torch from a slow network file system takes minutes."""

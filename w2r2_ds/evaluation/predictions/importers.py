@@ -38,7 +38,7 @@ from w2r2_ds.data.sources.validation import FrozenModel, validate
 from w2r2_ds.data.tasks.parsing import AnswerError, parse_world_box
 from w2r2_ds.evaluation.protocols.records import Box6, Coordinates, Pose
 from w2r2_ds.types.sample import Sample
-from w2r2_ds.utils.json_io import read_jsonl
+from w2r2_ds.utils.files.json_io import read_jsonl
 
 BOX_TOLERANCE = 0.1
 """Largest difference in metres between Video-3D-LLM's and our box of one object; they come from different meshes."""

@@ -38,8 +38,8 @@ from w2r2_ds.evaluation.scoring import (
     task_of,
 )
 from w2r2_ds.types.sample import Sample
-from w2r2_ds.utils.hashing import file_sha256
-from w2r2_ds.utils.output_folder import check_writable
+from w2r2_ds.utils.files.hashing import file_sha256
+from w2r2_ds.utils.files.output_folder import check_writable
 
 logger = logging.getLogger(__name__)
 

@@ -14,9 +14,9 @@ from w2r2_ds.models.flops import attention, products
 from w2r2_ds.models.geometry_encoder import GeometryEncoder, register_geometry_encoder
 from w2r2_ds.models.vggt.loading import HEAD_PREFIXES, load_vggt, locate, read_config
 from w2r2_ds.models.vggt.model import VGGT, VGGTConfig
-from w2r2_ds.models.weights_hash import tensors_digest
+from w2r2_ds.models.weights.weights_hash import tensors_digest
 from w2r2_ds.types.geometry import GeometrySpec
-from w2r2_ds.utils.safetensors_io import weight_files
+from w2r2_ds.utils.files.safetensors_io import weight_files
 
 REFERENCE_FRAMES = ("first", "last")
 

@@ -13,8 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from w2r2_ds.models.vggt.model import VGGT, VGGTConfig
-from w2r2_ds.utils.json_io import read_json_object
-from w2r2_ds.utils.safetensors_io import INDEX, WEIGHTS, weight_files
+from w2r2_ds.utils.files.json_io import read_json_object
+from w2r2_ds.utils.files.safetensors_io import INDEX, WEIGHTS, weight_files
 
 CONFIG = "config.json"
 HEAD_PREFIXES = ("camera_head.", "point_head.", "depth_head.", "track_head.")

@@ -24,8 +24,8 @@ import torch.distributed as dist
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
 from torch.serialization import get_safe_globals, get_unsafe_globals_in_checkpoint, safe_globals
 
-from w2r2_ds.utils import atomic_io
-from w2r2_ds.utils.atomic_io import Digest, Writer
+from w2r2_ds.utils.files import atomic_io
+from w2r2_ds.utils.files.atomic_io import Digest, Writer
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine

@@ -20,10 +20,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from w2r2_ds.utils import atomic_io
-from w2r2_ds.utils.atomic_io import Digest
-from w2r2_ds.utils.hashing import json_sha256
-from w2r2_ds.utils.json_io import read_json
+from w2r2_ds.utils.files import atomic_io
+from w2r2_ds.utils.files.atomic_io import Digest
+from w2r2_ds.utils.files.hashing import json_sha256
+from w2r2_ds.utils.files.json_io import read_json
 
 TENSORS = "trainable.safetensors"
 """Trained weights as whole tensors."""

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from w2r2_ds.training.checkpoint.manifest import PARTIAL
-from w2r2_ds.utils import atomic_io
+from w2r2_ds.utils.files import atomic_io
 
 INCARNATION = "incarnation.json"
 

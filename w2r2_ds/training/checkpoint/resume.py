@@ -48,7 +48,7 @@ from w2r2_ds.training.checkpoint.manifest import (
 from w2r2_ds.training.checkpoint.ownership import OwnershipToken
 from w2r2_ds.training.fault_tolerance.exit_codes import RetryableError
 from w2r2_ds.utils.distributed import on_rank_zero, raise_on_all_ranks
-from w2r2_ds.utils.output_folder import check_writable
+from w2r2_ds.utils.files.output_folder import check_writable
 from w2r2_ds.utils.rng import reseed, rng_state, set_rng_state
 
 if TYPE_CHECKING:

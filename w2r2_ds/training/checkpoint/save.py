@@ -43,9 +43,9 @@ from w2r2_ds.training.checkpoint.manifest import (
 )
 from w2r2_ds.training.checkpoint.ownership import OwnershipToken
 from w2r2_ds.training.checkpoint.weights import gather_trainable
-from w2r2_ds.utils import atomic_io
-from w2r2_ds.utils.atomic_io import Digest
 from w2r2_ds.utils.distributed import on_rank_zero
+from w2r2_ds.utils.files import atomic_io
+from w2r2_ds.utils.files.atomic_io import Digest
 from w2r2_ds.utils.rng import rng_state
 from w2r2_ds.utils.versions import versions
 

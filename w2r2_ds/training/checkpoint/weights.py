@@ -11,7 +11,7 @@ from w2r2_ds.models.build import trainable
 from w2r2_ds.models.w2r2 import W2R2
 from w2r2_ds.training.checkpoint.compat import check_fingerprint
 from w2r2_ds.training.checkpoint.manifest import MANIFEST, TENSORS, read_manifest, verify
-from w2r2_ds.utils.safetensors_io import read_strictly
+from w2r2_ds.utils.files.safetensors_io import read_strictly
 
 
 def gather_trainable(model: W2R2) -> dict[str, torch.Tensor]:

@@ -15,7 +15,7 @@ from typing import Any
 from w2r2_ds.training.deepspeed.config_schema import normalise_stage, validate
 from w2r2_ds.training.deepspeed.hpz import fill_hpz
 from w2r2_ds.utils.distributed import local_world_size
-from w2r2_ds.utils.json_io import read_json_object
+from w2r2_ds.utils.files.json_io import read_json_object
 
 AUTO = "auto"
 MANY_MICRO_BATCHES = 8

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from w2r2_ds.utils.hashing import file_sha256
+from w2r2_ds.utils.files.hashing import file_sha256
 
 
 @dataclass(frozen=True)

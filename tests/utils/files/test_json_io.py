@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from w2r2_ds.utils.json_io import read_json, read_jsonl
+from w2r2_ds.utils.files.json_io import read_json, read_jsonl
 
 
 def write(folder: Path, content: bytes) -> Path:

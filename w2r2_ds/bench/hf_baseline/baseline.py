@@ -6,7 +6,7 @@ from functools import partial
 
 from w2r2_ds.bench import cost_model
 from w2r2_ds.bench.harness import Case, Spread, find_device, interleave
-from w2r2_ds.bench.hf_trainer import BaselineTrainer
+from w2r2_ds.bench.hf_baseline.hf_trainer import BaselineTrainer
 from w2r2_ds.bench.model import build, shape_description
 from w2r2_ds.bench.report import BenchReport
 from w2r2_ds.bench.shapes import Shape, find_shapes

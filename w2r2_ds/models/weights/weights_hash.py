@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from w2r2_ds.utils.hashing import FileVersion, file_version
+from w2r2_ds.utils.files.hashing import FileVersion, file_version
 
 SAMPLED_TENSORS = 16
 """Approximate number of tensors of which `weights_identity` hashes the first row."""

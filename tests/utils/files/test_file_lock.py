@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
-from w2r2_ds.utils.file_lock import locked
+from w2r2_ds.utils.files.file_lock import locked
 
 HOLD = """
 import sys, time, os
 from pathlib import Path
-from w2r2_ds.utils.file_lock import locked
+from w2r2_ds.utils.files.file_lock import locked
 with locked(Path(sys.argv[1]), "out is being prepared", "use another --out"):
     child = os.fork() if sys.argv[2] == "fork" else 1
     os.write(1, b"%d\\n" % child)  # at once: parent and child share the pipe

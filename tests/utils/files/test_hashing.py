@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 
-from w2r2_ds.utils.hashing import json_sha256
+from w2r2_ds.utils.files.hashing import json_sha256
 
 
 def test_json_sha256_is_that_of_the_text_with_sorted_keys() -> None:

@@ -13,10 +13,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from w2r2_ds.models import weights_hash
 from w2r2_ds.models.build import build_model, fingerprint
 from w2r2_ds.models.feature_cache import geometry_identity
-from w2r2_ds.models.weights_hash import weights_identity
+from w2r2_ds.models.weights import weights_hash
+from w2r2_ds.models.weights.weights_hash import weights_identity
 from w2r2_ds.training.checkpoint.compat import check_fingerprint
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from w2r2_ds.bench.hf_trainer import BaselineModel, stock_forwards, stock_inputs
+from w2r2_ds.bench.hf_baseline.hf_trainer import BaselineModel, stock_forwards, stock_inputs
 from w2r2_ds.bench.model import Subject
 from w2r2_ds.models.build import trainable
 from w2r2_ds.objective.loss import PassOutputs, score_shortcut, w2r2_loss

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from w2r2_ds.utils.atomic_io import add_filename
+from w2r2_ds.utils.files.atomic_io import add_filename
 
 PARTIAL = ".partial"
 """Suffix of the temporary folder."""

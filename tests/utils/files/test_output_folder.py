@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import save_file
 
 from fork_server import environment
-from w2r2_ds.utils import output_folder
-from w2r2_ds.utils.output_folder import check_writable, fill, new_folder
+from w2r2_ds.utils.files import output_folder
+from w2r2_ds.utils.files.output_folder import check_writable, fill, new_folder
 
 
 def write(out: Path, **options: object) -> list[str]:

@@ -15,14 +15,14 @@ from safetensors.torch import load_file, save_file
 from transformers.integrations import HfDeepSpeedConfig
 from transformers.integrations import deepspeed as hf_deepspeed
 
-from w2r2_ds.models.loading import (
+from w2r2_ds.models.qwen2_5_vl.family import Qwen25VL
+from w2r2_ds.models.weights.loading import (
     load_model_config,
     load_tokenizer,
     load_vision_spec,
     load_vlm,
     meta_model,
 )
-from w2r2_ds.models.qwen2_5_vl.family import Qwen25VL
 
 CONFIGS = Path(__file__).parent / "configs"
 

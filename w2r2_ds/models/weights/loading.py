@@ -25,9 +25,9 @@ from transformers.utils.hub import cached_file
 
 from w2r2_ds.models.attention.sdpa_backends import disable_cudnn_sdpa
 from w2r2_ds.models.family import find_family
-from w2r2_ds.models.hub_safety import check_config, check_model_files
+from w2r2_ds.models.weights.hub_safety import check_config, check_model_files
 from w2r2_ds.types.vision import VisionSpec
-from w2r2_ds.utils.json_io import read_json_object
+from w2r2_ds.utils.files.json_io import read_json_object
 
 PREPROCESSOR_FILE = "preprocessor_config.json"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")

@@ -16,12 +16,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from w2r2_ds.utils import atomic_io
+from w2r2_ds.utils.files import atomic_io
 
 KILLED_WHILE_REPLACING = """
 import sys
 from pathlib import Path
-from w2r2_ds.utils import atomic_io
+from w2r2_ds.utils.files import atomic_io
 file = Path(sys.argv[1])
 number = 0
 while True:

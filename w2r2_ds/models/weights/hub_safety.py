@@ -12,8 +12,8 @@ from typing import Any
 
 from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME, find_adapter_config_file
 
+from w2r2_ds.utils.files.safetensors_io import INDEX, weight_files
 from w2r2_ds.utils.packages import import_problem
-from w2r2_ds.utils.safetensors_io import INDEX, weight_files
 
 CODE_FIELDS = frozenset({"attn_implementation", "_attn_implementation", "experts_implementation"})
 """Fields of a config.json, or of a config inside it, that select an implementation."""
