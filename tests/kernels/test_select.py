@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from w2r2_ds.config.io import load_config, relocated
 from w2r2_ds.config.schema import RunConfig
 from w2r2_ds.kernels import select
+from w2r2_ds.utils.packages import import_problem
 
 
 def machine(monkeypatch: pytest.MonkeyPatch, gpu: bool, *installed: str) -> None:
@@ -15,6 +18,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, gpu: bool, *installed: str) -> None
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(select, "import_problem", lambda name: "" if name in installed else "is not installed")
+    monkeypatch.setattr(select, "transformers_accepts_flash_attn", lambda: "flash_attn" in installed)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
 
 
@@ -73,6 +77,28 @@ def test_flash_attn_that_does_not_import_is_not_chosen(monkeypatch: pytest.Monke
     for describe in (select.check_attention, select.describe_attention):
         with pytest.raises(ValueError, match=r"model\.attention is flash_attention_2.*undefined symbol"):
             describe("flash_attention_2", torch.bfloat16)
+
+
+def test_flash_attn_4_alone_is_not_chosen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It is a namespace package flash_attn with a module cute, and can be imported."""
+    (tmp_path / "flash_attn" / "cute").mkdir(parents=True)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    check = select.transformers_accepts_flash_attn
+    machine(monkeypatch, True, "flash_attn")
+    monkeypatch.setattr(select, "import_problem", import_problem.__wrapped__)
+    monkeypatch.setattr(select, "transformers_accepts_flash_attn", check)
+    assert not import_problem.__wrapped__("flash_attn")
+    line = select.describe_attention("auto", torch.bfloat16)
+    assert line.startswith("attention: sdpa; ") and "2.3.3" in line
+
+
+def test_flash_attn_is_not_chosen_on_an_older_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(monkeypatch, True, "flash_attn")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    line = select.describe_attention("auto", torch.bfloat16)
+    assert line.startswith("attention: sdpa; ") and "Ampere" in line
+    with pytest.raises(ValueError, match=r"model\.attention is flash_attention_2, but .*Ampere"):
+        select.check_attention("flash_attention_2", torch.bfloat16)
 
 
 def test_flash_attention_needs_a_gpu_and_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:

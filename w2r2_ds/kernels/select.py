@@ -69,8 +69,19 @@ def flash_problem(dtype: torch.dtype) -> str:
         return "there is no CUDA device"
     if dtype != torch.bfloat16:
         return "model.dtype is not bfloat16"
-    problem = import_problem("flash_attn")
-    return f"flash-attn {problem}" if problem else ""
+    if torch.cuda.get_device_capability() < (8, 0):
+        return "flash-attn needs a GPU of the Ampere generation or later"
+    if problem := import_problem("flash_attn"):
+        return f"flash-attn {problem}"
+    # flash-attn-4 installs a package flash_attn too, without the functions of flash-attn 2.
+    return "" if transformers_accepts_flash_attn() else "transformers needs the package flash-attn 2.3.3 or later"
+
+
+def transformers_accepts_flash_attn() -> bool:
+    """Whether transformers can use the installed package for flash_attention_2."""
+    from transformers.utils import is_flash_attn_2_available  # transformers takes seconds
+
+    return bool(is_flash_attn_2_available())
 
 
 def check_attention(name: str, dtype: torch.dtype) -> None:
