@@ -116,3 +116,12 @@ def test_the_configuration_of_a_gpu_run_loads_without_a_gpu(trained: str, elsewh
     config = load_config(overrides=["--model.kernels", trained])
     assert config.model.kernels == trained and RunConfig().model.kernels == "auto"
     assert relocated(config).model.kernels == elsewhere
+
+
+@pytest.mark.parametrize(
+    ("trained", "elsewhere"), [("flash_attention_2", "auto"), ("auto", "auto"), ("sdpa", "sdpa"), ("eager", "eager")]
+)
+def test_a_run_with_flash_attn_is_evaluated_without_it(trained: str, elsewhere: str) -> None:
+    config = load_config(overrides=["--model.attention", trained])
+    assert config.model.attention == trained
+    assert relocated(config).model.attention == elsewhere

@@ -138,7 +138,7 @@ def relocated(
     """Copy of a run's configuration for evaluation or export, with other paths of data and models.
 
     The path of the merger's initial weights is removed, because the trained weights replace them. `model.kernels`
-    triton becomes auto, so that it also works without a GPU.
+    triton and `model.attention` flash_attention_2 become auto, so that it also works without a GPU or flash-attn.
 
     Args:
         config: configuration of the run.
@@ -147,8 +147,10 @@ def relocated(
         geometry_path: new `model.geometry.path`.
     """
     kernels: Literal["auto", "torch"] = "torch" if config.model.kernels == "torch" else "auto"
+    attention = "auto" if config.model.attention == "flash_attention_2" else config.model.attention
     geometry = replace(config.model.geometry, path=geometry_path or config.model.geometry.path)
-    model = replace(config.model, vlm=vlm or config.model.vlm, geometry=geometry, merger="", kernels=kernels)
+    model = replace(config.model, geometry=geometry, merger="", kernels=kernels, attention=attention)
+    model = replace(model, vlm=vlm or model.vlm)
     return replace(config, data=replace(config.data, root=str(root or config.data.root)), model=model)
 
 
