@@ -155,6 +155,17 @@ def test_cumulative_lengths_are_cached() -> None:
     assert cumulative((3, 1), device) is cumulative((3, 1), device)
 
 
+def test_a_training_step_can_use_cached_lengths_of_an_evaluation() -> None:
+    """Autograd saves them for the backward pass, which it rejects for tensors made in inference mode."""
+    case = {"lengths": (11, 13), "causal": True}
+    given = inputs(case, (4, 2), torch.float32)
+    cumulative.cache_clear()
+    with torch_varlen_on_cpu():
+        with torch.inference_mode():
+            varlen_attention(*given, **case)
+        results(varlen_attention, given, **case)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU")
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2)])

@@ -169,7 +169,10 @@ def batches(lengths: Lengths, key_lengths: Lengths, causal: bool) -> tuple[tuple
 @lru_cache(maxsize=64)
 def cumulative(lengths: Lengths, device: torch.device) -> Tensor:
     """Boundaries of the segments, ``[segments + 1]`` int32, from 0; cached for all layers of a pass."""
-    ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
-    if device.type == "cuda":  # a copy from pinned memory is asynchronous
-        ends = ends.pin_memory()
-    return ends.to(device, non_blocking=True)
+    # The first call may be an evaluation in inference mode. A training step later gets the same tensor from the cache,
+    # and autograd cannot save an inference tensor for the backward pass.
+    with torch.inference_mode(False):
+        ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+        if device.type == "cuda":  # a copy from pinned memory is asynchronous
+            ends = ends.pin_memory()
+        return ends.to(device, non_blocking=True)
