@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
+import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.backends.cuda import cudnn_sdp_enabled
 
-from w2r2_ds.bench.bring_up import gpu_tests, run, step_equivalence, zero3
+from w2r2_ds.bench.bring_up import gpu_tests, modules, run, sdpa_backends, step_equivalence, steps, zero3
 from w2r2_ds.bench.bring_up.modules import targets
 from w2r2_ds.bench.bring_up.run import PARTS
 from w2r2_ds.bench.bring_up.settings import Settings
 from w2r2_ds.bench.memory import measured_bytes, step_bytes, weight_bytes
-from w2r2_ds.bench.model import bench_optimizer, build, update
+from w2r2_ds.bench.model import Subject, bench_optimizer, build, update
 from w2r2_ds.bench.report import BenchReport, Criterion
 from w2r2_ds.bench.shapes import TINY
 from w2r2_ds.commands.bench import main
@@ -47,16 +51,16 @@ def test_measurements(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     printed = capsys.readouterr()
     assert all(f"{name}: " in printed.out for name in names) and "modules, after" in printed.err
     assert [row["cuDNN"] for row in report["parts"]["sdpa_backends"]["rows"]] == ["on", "off"]
-    modules = [row["module"] for row in report["parts"]["modules"]["rows"]]
-    assert modules == list(targets(build(TINY, torch.device("cpu"))))
-    steps = report["parts"]["steps"]["rows"]
-    assert [(row["case"], row["K"]) for row in steps] == [
+    timed = [row["module"] for row in report["parts"]["modules"]["rows"]]
+    assert timed == list(targets(build(TINY, torch.device("cpu"))))
+    rows = report["parts"]["steps"]["rows"]
+    assert [(row["case"], row["K"]) for row in rows] == [
         ("single pass", 1),
         ("W2R2", 1),
         ("single pass", 3),
         ("W2R2", 3),
     ]
-    assert all(row["peak_gib"] > 0 and row["predicted_gib"] > 0 for row in steps)
+    assert all(row["peak_gib"] > 0 and row["predicted_gib"] > 0 for row in rows)
 
 
 @pytest.mark.slow  # starts pytest
@@ -87,6 +91,53 @@ def test_an_installed_package_has_no_tests(settings: Settings, monkeypatch: pyte
     monkeypatch.setattr(gpu_tests.w2r2_ds, "__file__", str(tmp_path / "w2r2_ds" / "__init__.py"))
     with pytest.raises(ValueError, match="checkout"):
         gpu_tests.run(settings)
+
+
+def test_the_comparison_of_backends_starts_with_all_shapes_known(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise the first row would have the time in which Triton compiles, and cuBLAS chooses kernels."""
+    seen: list[bool] = []
+    stock = sdpa_backends.update
+    monkeypatch.setattr(sdpa_backends, "update", lambda *a: (seen.append(cudnn_sdp_enabled()), stock(*a)))
+    sdpa_backends.run(settings)
+    count = settings.steps + 1
+    assert seen == [False] * count + [True] * count + [False] * count
+
+
+def test_modules_hold_one_model_at_a_time(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """3B and 7B together do not fit on a GPU that can hold either."""
+    models: list[Any] = []
+
+    def recorded(shape: Any, device: torch.device) -> Any:
+        gc.collect()
+        assert not any(reference() for reference in models), "the model before is still in memory"
+        subject = build(shape, device)
+        models.append(weakref.ref(subject.model))
+        return subject
+
+    monkeypatch.setattr(modules, "build", recorded)
+    modules.run(replace(settings, shapes=("tiny", "tiny")))
+    assert len(models) == 2
+
+
+def test_what_does_not_fit_is_a_note(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One shape, or one number of questions; everything else is measured."""
+
+    def too_large(*arguments: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has more lines")
+
+    monkeypatch.setattr(modules, "build", too_large)
+    report = modules.run(settings)
+    assert not report.rows
+    assert "tiny, 2 frames: not measured, out of memory (CUDA out of memory)." in report.notes
+    stock = Subject.batch
+    monkeypatch.setattr(
+        Subject, "batch", lambda self, count=1, packed=False: too_large() if count == 3 else stock(self, count, packed)
+    )
+    report = steps.run(settings)
+    assert [row["K"] for row in report.rows] == [1, 1]
+    assert any(note.startswith("tiny, 2 frames, K 3: not measured") for note in report.notes)
 
 
 def test_step_equivalence(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:

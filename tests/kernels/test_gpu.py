@@ -38,7 +38,9 @@ def both(function: Callable[..., Any], *inputs: torch.Tensor, num_differentiable
         made = [each for each in (made if isinstance(made, tuple) else (made,))]
         copies = [each.detach().clone() for each in made]
         factors = (random(*each.shape, seed=9, device=each.device.type) for each in made)
-        losses = [(each * factor).float().sum() for each, factor in zip(made, factors) if each.requires_grad]
+        losses = [
+            (each * factor).float().sum() for each, factor in zip(made, factors, strict=True) if each.requires_grad
+        ]
         torch.stack(losses).sum().backward()
         found.append([*copies, *(x.grad for x in given[:num_differentiable])])
     return list(zip(*found, strict=True))

@@ -9,15 +9,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from w2r2_ds.bench.bring_up.settings import Settings
+from w2r2_ds.bench.bring_up.steps import if_it_fits
 from w2r2_ds.bench.harness import interleave
 from w2r2_ds.bench.model import Subject, build, shape_description
 from w2r2_ds.bench.report import BenchReport
+from w2r2_ds.bench.shapes import Shape
 from w2r2_ds.kernels.select import resolve_dtype
 from w2r2_ds.models.flops import Work, attention, products
 from w2r2_ds.models.qwen2_5_vl.last_layer import SelectedTokens, compute_only
@@ -45,27 +48,32 @@ def run(settings: Settings) -> BenchReport:
     report = BenchReport("modules", "seconds per call against the roofline", [])
     bandwidth = memory_bandwidth(settings.device)
     for shape in settings.all_shapes():
-        rate = matrix_rate(settings.device, resolve_dtype(shape.dtype))
-        subject = build(shape, settings.device)
-        found = targets(subject)
-        spreads = interleave({name: each.run for name, each in found.items()}, settings.rounds, settings.device, 2)
-        for name, target in found.items():
-            roofline = max(target.flops / rate, target.bytes / bandwidth)
-            seconds = spreads[name].median
-            report.rows.append(
-                {
-                    "module": name,
-                    "shape": shape.label,
-                    "seconds": seconds,
-                    "TFLOP/s": target.flops / seconds / 1e12,
-                    "roofline": roofline,
-                    "% of roofline": 100 * roofline / seconds,
-                }
-            )
-        report.notes.append(f"matrix rate {rate / 1e12:.3g} TFLOP/s, memory bandwidth {bandwidth / 1e9:.4g} GB/s")
-        report.notes.append(shape_description(shape))
+        # Frees the model: otherwise the memory would have to hold two.
+        if_it_fits(partial(measure, shape, settings, bandwidth, report), shape.label, settings.device, report)
     report.notes.append("Encoders: forward. Other modules: forward and backward, without recomputation.")
     return report
+
+
+def measure(shape: Shape, settings: Settings, bandwidth: float, report: BenchReport) -> None:
+    """Add the rows and notes of one shape."""
+    rate = matrix_rate(settings.device, resolve_dtype(shape.dtype))
+    found = targets(build(shape, settings.device))
+    spreads = interleave({name: each.run for name, each in found.items()}, settings.rounds, settings.device, 2)
+    for name, target in found.items():
+        roofline = max(target.flops / rate, target.bytes / bandwidth)
+        seconds = spreads[name].median
+        report.rows.append(
+            {
+                "module": name,
+                "shape": shape.label,
+                "seconds": seconds,
+                "TFLOP/s": target.flops / seconds / 1e12,
+                "roofline": roofline,
+                "% of roofline": 100 * roofline / seconds,
+            }
+        )
+    report.notes.append(f"matrix rate {rate / 1e12:.3g} TFLOP/s, memory bandwidth {bandwidth / 1e9:.4g} GB/s")
+    report.notes.append(shape_description(shape))
 
 
 def memory_bandwidth(device: torch.device) -> float:

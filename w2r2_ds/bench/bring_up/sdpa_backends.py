@@ -35,8 +35,8 @@ def run(settings: Settings) -> BenchReport:
         replace(subject, shape=replace(shape, prompt_tokens=int(prompt), answer_tokens=int(answer)))
         for prompt, answer in zip(lengths, answers, strict=True)
     ]
-    # All steps run once before the rows, without cuDNN. Triton compiles a kernel again for numbers that are not multiples
-    # of 16, and cuBLAS chooses one per shape: otherwise the first row would have this time in addition to cuDNN's.
+    # All steps run once before the rows, without cuDNN. Triton compiles a kernel again for numbers that are not
+    # multiples of 16, and cuBLAS chooses one per shape: the first row would have this time in addition to cuDNN's.
     with cudnn_sdp(False):
         step_seconds(subject, subjects)
     for enabled in (True, False):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
@@ -14,6 +15,7 @@ from w2r2_ds.bench.harness import Case, interleave, time_ratio
 from w2r2_ds.bench.memory import measured_bytes, step_bytes
 from w2r2_ds.bench.model import Subject, bench_optimizer, build, update
 from w2r2_ds.bench.report import BenchReport
+from w2r2_ds.bench.shapes import Shape
 from w2r2_ds.bench.step_time import SINGLE, W2R2_STEP, single_pass
 from w2r2_ds.kernels.select import resolve_dtype
 from w2r2_ds.training.step import W2R2Step
@@ -27,20 +29,40 @@ def run(settings: Settings) -> BenchReport:
     """Steps of every shape, number of frames and number K of packed questions; both encoders run in every step."""
     report = BenchReport("steps", "seconds of one training step, LoRA, checkpointing, one packed sequence", [])
     for shape in settings.all_shapes():
-        rate = matrix_rate(settings.device, resolve_dtype(shape.dtype))
-        subject = build(shape, settings.device)
-        subject.model.family.use_packed_attention(subject.model.base)
-        for frames in settings.frames:
-            sized = replace(subject, shape=replace(shape, frames=frames))
-            for questions in settings.questions:
-                measure(sized, questions, settings, rate, report)
-        del subject, sized
-        release(settings.device)
+        if_it_fits(partial(measure_shape, shape, settings, report), shape.name, settings.device, report)
     report.notes.append(
         "MFU: model FLOPs (training/throughput.py) relative to the measured matrix rate. Predicted memory: "
         "bench/memory.py, without the allocator's fragmentation and workspaces."
     )
     return report
+
+
+def measure_shape(shape: Shape, settings: Settings, report: BenchReport) -> None:
+    """Add the rows of one shape."""
+    rate = matrix_rate(settings.device, resolve_dtype(shape.dtype))
+    subject = build(shape, settings.device)
+    subject.model.family.use_packed_attention(subject.model.base)
+    for frames in settings.frames:
+        sized = replace(subject, shape=replace(shape, frames=frames))
+        for questions in settings.questions:
+            case = partial(measure, sized, questions, settings, rate, report)
+            if_it_fits(case, f"{sized.shape.label}, K {questions}", settings.device, report)
+
+
+def if_it_fits(case: Callable[[], None], name: str, device: torch.device, report: BenchReport) -> None:
+    """Run a case, and free its memory; one that is too large for the GPU becomes a note, and does not stop the others.
+
+    Args:
+        case: adds rows to the report.
+        name: its name in the note.
+        device: device of the measurements.
+        report: report of the part.
+    """
+    try:
+        case()
+    except torch.OutOfMemoryError as error:
+        report.notes.append(f"{name}: not measured, out of memory ({str(error).split('. ')[0]}).")
+    release(device)  # not in the handler, where the exception still refers to the tensors of the case
 
 
 def measure(subject: Subject, questions: int, settings: Settings, rate: float, report: BenchReport) -> None:
