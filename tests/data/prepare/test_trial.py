@@ -23,8 +23,9 @@ from w2r2_ds.data.prepare.scannet_boxes import BoxesSummary, write_all_boxes
 from w2r2_ds.data.prepare.trial import try_preparation
 from w2r2_ds.data.prepared_set import PreparedSet
 from w2r2_ds.data.sources.frames import LOST_POSE
-from w2r2_ds.data.sources.scannet import load_scene
+from w2r2_ds.data.sources.scannet import boxes_file, load_scene
 from w2r2_ds.data.tasks.base import TaskOptions
+from w2r2_ds.utils.findings import by_kind
 from w2r2_ds.utils.progress import progress
 
 REFER = TaskOptions("scanrefer", "train", frames=FrameOptions("uniform", 2))
@@ -248,6 +249,27 @@ def test_boxes_of_all_scenes(root: Path) -> None:
     np.testing.assert_allclose(load_scene(root, SCENE).instances[0].box, [0.5, -2.0, 0.25, 1.0, 2.0, 0.5], atol=1e-6)
     with pytest.raises(ValueError, match="holds no scenes; correct --root"):
         write_all_boxes(root / "nowhere")
+
+
+@pytest.mark.parametrize("kind", ["folder", "description"])
+def test_a_broken_scan_does_not_block_the_boxes_of_the_others(root: Path, kind: str) -> None:
+    write_mesh(root, SCENE)
+    if kind == "folder":
+        for name in (".cache", "scene0001_00 (copy)"):
+            (root / "scans" / name).mkdir()
+        done = write_all_boxes(root, overwrite=True)
+        assert done.written == 1
+        (line,) = by_kind(done.findings)
+        assert line.startswith("2 folders in scans/") and line.endswith(".cache")
+        with pytest.raises(ValueError, match=r"'\.cache' is not made of"):
+            write_all_boxes(root, [".cache"])
+        return
+    boxes_file(root, SCENE).unlink()
+    (root / "scans" / "scene0001_00").mkdir()
+    (root / "scans" / "scene0001_00" / "scene0001_00.txt").write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match=r"1 of 2 scenes have no boxes yet:\n.*scene0001_00"):
+        write_all_boxes(root)
+    assert boxes_file(root, SCENE).is_file()
 
 
 def test_progress_without_a_terminal_is_printed_in_lines(capsys: pytest.CaptureFixture[str]) -> None:

@@ -28,7 +28,7 @@ from pydantic import Field, TypeAdapter
 
 from w2r2_ds.data.sources.cameras import read_alignment
 from w2r2_ds.data.sources.labels import LabelMap, read_labels
-from w2r2_ds.data.sources.scannet import alignment_file, check_scene_id
+from w2r2_ds.data.sources.scannet import alignment_file, check_scene_id, is_scene_id
 from w2r2_ds.data.sources.validation import FrozenModel, validate
 from w2r2_ds.utils.files import atomic_io
 from w2r2_ds.utils.files.json_io import read_json, read_text
@@ -232,8 +232,14 @@ def write_all_boxes(
             scenes are written.
     """
     root, folder = Path(root), Path(root) / "scans"
+    skipped: list[Finding] = []
     if not scenes:
-        scenes = sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+        names = sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+        scenes = [name for name in names if is_scene_id(name)]
+        others = [one_line(name) for name in names if not is_scene_id(name)]  # such as .cache, or a copy of a scan
+        skipped += [
+            Finding("folders in scans/ whose name is not that of a scene, which were skipped", name) for name in others
+        ]
     if not scenes:
         raise ValueError(
             f"{folder} holds no scenes; correct --root, or get ScanNet's scans first (docs/guides/own-dataset.md)."
@@ -253,18 +259,24 @@ def write_all_boxes(
     if problems:
         messages = [problems[name] for name in sorted(problems)]
         raise ValueError(listed(f"{len(problems)} of {len(scenes)} scenes have no boxes yet", messages))
-    found = [Finding("scans of ScanNet's hidden test split, which have no boxes", name) for name in hidden]
+    skipped += [Finding("scans of ScanNet's hidden test split, which have no boxes", name) for name in hidden]
     # Scenes finish in any order.
-    found += [each for name in sorted(findings) for each in findings[name]]
-    return BoxesSummary(len(todo), len(scenes) - len(todo), tuple(found))
+    skipped += [each for name in sorted(findings) for each in findings[name]]
+    return BoxesSummary(len(todo), len(scenes) - len(todo), tuple(skipped))
 
 
 def is_hidden_test_scan(root: Path, scene_id: str) -> bool:
-    """Whether a scan has neither annotated objects nor an alignment, as those of ScanNet's hidden test split."""
+    """Whether a scan has neither annotated objects nor an alignment, as those of ScanNet's hidden test split.
+
+    A scan whose description cannot be read is not hidden: the error belongs to its boxes, and not to those of all.
+    """
     folder, description = root / "scans" / scene_id, alignment_file(root, scene_id)
-    if not description.is_file() or any(folder.glob("*.aggregation.json")):
+    if any(folder.glob("*.aggregation.json")):
         return False
-    return "axisAlignment" not in read_text(description)
+    try:
+        return "axisAlignment" not in read_text(description)
+    except ValueError:
+        return False
 
 
 def _write(root: Path, scene_id: str) -> tuple[str, list[Finding], str]:

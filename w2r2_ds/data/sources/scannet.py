@@ -81,9 +81,14 @@ class Scene:
     skipped_inputs: tuple[Finding, ...] = ()
 
 
+def is_scene_id(name: str) -> bool:
+    """Whether `check_scene_id` accepts a name."""
+    return _SCENE_ID.fullmatch(name) is not None
+
+
 def check_scene_id(scene_id: str) -> str:
     """Return ``scene_id`` if it is safe in a path: 1 to 100 letters, digits and underscores; else raise ValueError."""
-    if not _SCENE_ID.fullmatch(scene_id):
+    if not is_scene_id(scene_id):
         raise ValueError(f"scene id {scene_id[:120]!r} is not made of letters, digits and underscores only, 1 to 100")
     return scene_id
 
