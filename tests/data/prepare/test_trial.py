@@ -143,6 +143,22 @@ def test_check_and_preparation_accept_the_same_images(complete: Path, how: str, 
     assert sum("cannot be read" in line and "00001.jpg" in line for line in trial.skipped_inputs) == is_lost
 
 
+@pytest.mark.parametrize("name", ["00001.png", "00001.pgm"])
+def test_a_truncated_depth_image_is_a_lost_frame(complete: Path, name: str) -> None:
+    folder = complete / "posed_images" / SCENE
+    depth = Image.open(folder / "00001.png")
+    depth.load()
+    (folder / "00001.png").unlink()
+    depth.save(folder / name)
+    whole = try_preparation(complete, DEPTH, quiet=True)
+    assert not any("depth image" in line for line in whole.skipped_inputs)
+    damage(folder / name, "truncated")
+    trial = try_preparation(complete, DEPTH, quiet=True)
+    done = prepare(complete, DEPTH, complete / "out", quiet=True)
+    assert trial.problems == () and trial.samples == done.manifest["counts"]["samples"] == 1
+    assert any("depth image cannot be read" in line and name in line for line in done.manifest["skipped_inputs"])
+
+
 @pytest.mark.parametrize(
     ("file", "content"),
     [

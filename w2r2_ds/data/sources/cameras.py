@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from w2r2_ds.data.images import is_complete_image
+
 DEPTH_FORMATS = ("PNG", "PPM")
 """Formats of depth images that PIL may decode: 16-bit PNG, and the 16-bit PGM of ScanNet's SensReader."""
 RIGID_TOLERANCE = 1e-2
@@ -160,13 +162,15 @@ def check_principal_point(path: Path, intrinsic: np.ndarray, image: Path, size: 
 
 
 def depth_size(path: Path) -> tuple[int, int]:
-    """Width and height of a depth image in pixels, from its header.
+    """Width and height of a depth image in pixels, from its header; a file that may be truncated is decoded.
 
     Raises:
-        ValueError: the file is not a PNG or PGM image.
+        ValueError: the file is not a PNG or PGM image, or is truncated.
     """
     try:
         with Image.open(path, formats=DEPTH_FORMATS) as image:
+            if not is_complete_image(path):  # also a PGM file, which has no end marker
+                image.load()
             return image.size
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} is not a readable depth image; extract it again ({error})") from None
