@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -98,6 +99,21 @@ def test_a_scene_with_an_unreadable_file_can_be_skipped(scenes: Path, name: str)
     assert done.manifest["skipped"]["broken_scene"] > 0
     assert SECOND not in {sample.scene_id for sample in PreparedSet(done.folder, scenes)}
     assert prepare(scenes, DEPTH, scenes / "out", skip_broken_scenes=True, quiet=True).reused
+
+
+def test_a_scene_whose_folder_cannot_be_listed_can_be_skipped(scenes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, iterdir = scenes / "posed_images" / SECOND, Path.iterdir
+
+    def denied(path: Path) -> Iterator[Path]:
+        if path == folder:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return iterdir(path)
+
+    monkeypatch.setattr(Path, "iterdir", denied)
+    with pytest.raises(ValueError, match=rf"{re.escape(str(folder))} cannot be read \(Permission denied\)"):
+        prepare(scenes, DEPTH, scenes / "out", quiet=True)
+    done = prepare(scenes, DEPTH, scenes / "out", skip_broken_scenes=True, quiet=True)
+    assert done.manifest["skipped"]["broken_scene"] > 0
 
 
 def test_other_files_and_changed_files_are_never_overwritten(scenes: Path) -> None:

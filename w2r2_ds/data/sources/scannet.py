@@ -127,7 +127,7 @@ def load_scene(root: Path | str, scene_id: str, parts: SceneParts = ALL_PARTS) -
         required = SceneParts.BOXES in parts
         axis_align = collect(lambda: read_alignment(alignment_file(root, scene_id), required), np.eye(4))
     frames = collect(lambda: read_frames(images, parts), None)
-    has_files = images.is_dir() and any(images.iterdir())  # else the error of `read_frames` is enough
+    has_files = frames is not None or _holds_files(images)  # else the error of `read_frames` is enough
     matrices = {SceneParts.INTRINSICS: NOT_READ, SceneParts.DEPTH: NOT_READ}
     for part, candidates, info_field in (
         (SceneParts.INTRINSICS, INTRINSIC_FILES, "m_calibrationColorIntrinsic"),
@@ -156,6 +156,14 @@ def load_scene(root: Path | str, scene_id: str, parts: SceneParts = ALL_PARTS) -
         broken_boxes=broken,
         skipped_inputs=(*frames.lost, *findings),
     )
+
+
+def _holds_files(folder: Path) -> bool:
+    """Whether a folder holds any file; False if it is missing or cannot be read."""
+    try:
+        return any(folder.iterdir())
+    except OSError:
+        return False
 
 
 def _checked_intrinsic(file: Path, info_field: str, size: tuple[Path, tuple[int, int]] | None) -> np.ndarray:
