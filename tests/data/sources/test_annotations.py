@@ -57,9 +57,9 @@ def test_reads_a_description(tmp_path: Path) -> None:
         ({"object_id": "a"}, "field 'object_id'"),
         ({"object_name": ""}, "field 'object_name'"),
         ({"scene_id": "../up"}, "field 'scene_id'"),
-        ({"ann_id": []}, "field 'ann_id'"),
+        ({"ann_id": [0]}, "field 'ann_id'"),
         ({"token": "the chair"}, "field 'token'"),
-        ({"token": []}, "field 'token'"),
+        ({"object_name": ""}, "field 'object_name'"),
         ({"token": [1]}, "field 'token'"),
         ({"ann_id": "0"}, "field scene_id, object_id and ann_id repeats entry 1"),
         ({"ann_id": "00", "object_name": "other"}, "field scene_id, object_id and ann_id repeats entry 1"),
@@ -71,11 +71,14 @@ def test_an_invalid_description_raises_with_its_entry(tmp_path: Path, change: di
         read_scanrefer(path)
 
 
-@pytest.mark.parametrize("null", [True, False])
-def test_ann_id_and_token_are_optional(tmp_path: Path, null: bool) -> None:
+@pytest.mark.parametrize(("ann_id", "token"), [(None, None), ("", []), ("missing", "missing")])
+def test_ann_id_and_token_are_optional(tmp_path: Path, ann_id: str | None, token: str | list[str] | None) -> None:
     """Without ann_id, the descriptions of an object are numbered in the order of the file."""
-    bare = [{**entry(4), "ann_id": None, "token": None}, {**entry(39), "ann_id": None, "token": None}]
-    if not null:
+    absent = {"ann_id": ann_id, "token": token}
+    if ann_id == "missing":
+        absent = dict.fromkeys(absent)
+    bare = [{**entry(4), **absent}, {**entry(39), **absent}]
+    if ann_id == "missing":
         bare = [{name: value for name, value in each.items() if value is not None} for each in bare]
     read = read_scanrefer(written(tmp_path, [*bare, bare[0]]))
     assert [each.key.rpartition("|")[2] for each in read] == ["0", "0", "1"]
@@ -128,8 +131,8 @@ def test_reads_a_question(tmp_path: Path) -> None:
 
 def test_the_test_splits_have_no_answers(tmp_path: Path) -> None:
     entries = [question(0), question(1)]
-    for each in entries:
-        del each["answers"]
+    entries[0]["answers"] = []
+    del entries[1]["answers"]
     path = written(tmp_path, entries)
     assert [each.answers for each in read_scanqa(path, answers_needed=False)] == [(), ()]
     with pytest.raises(ValueError, match="entry 1: field 'answers'"):
@@ -147,7 +150,6 @@ def test_the_objects_of_a_question_are_not_read(tmp_path: Path, objects: dict[st
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"answers": []}, "field 'answers'"),
         ({"answers": ["", "x"]}, "field 'answers[0]'"),
         ({"answers": "brown"}, "field 'answers'"),
         ({"question": " "}, "field 'question'"),
@@ -164,9 +166,11 @@ def test_an_invalid_question_raises_with_its_entry(
         read_scanqa(path, answers_needed)
 
 
-def test_an_entry_without_answers_is_named(tmp_path: Path) -> None:
-    second = question(1)
-    del second["answers"]
+@pytest.mark.parametrize("empty", [True, False])
+def test_an_entry_without_answers_is_named(tmp_path: Path, empty: bool) -> None:
+    second = question(1, answers=[])
+    if not empty:
+        del second["answers"]
     with pytest.raises(ValueError, match=re.escape("entry 2: field 'answers'")):
         read_scanqa(written(tmp_path, [question(), second]))
 

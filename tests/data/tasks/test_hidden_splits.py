@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -74,8 +75,10 @@ def test_the_raw_world_replaces_the_missing_alignment(hidden: Path) -> None:
         load_scene(hidden, SCENE, SceneParts.POSES | SceneParts.BOXES)
 
 
-def test_scanrefers_test_entries_may_lack_the_object(hidden: Path) -> None:
+@pytest.mark.parametrize("others", [{}, {"object_id": "", "object_name": "", "ann_id": "0", "token": []}])
+def test_scanrefers_test_entries_may_lack_the_object(hidden: Path, others: dict[str, Any]) -> None:
     bare = {name: value for name, value in entry().items() if name in ("scene_id", "description")}
+    bare.update(others)  # two objects may have a sentence with ann_id 0
     write_annotations(hidden, [bare, bare], "test")
     made = prepared_items(hidden, "scanrefer", "test")
     assert [each.id for each in made] == [f"{SCENE}|0|unknown|0", f"{SCENE}|0|unknown|1"]

@@ -40,12 +40,22 @@ SCANQA_FILES = "ScanQA's annotations, from its public download"
 
 
 class _Entry(FrozenModel):
-    """An entry of a file; null is a missing field (ScanQA's test splits have null in the fields that they lack)."""
+    """An entry of a file; null is a missing field (ScanQA's test splits have null in the fields that they lack).
+
+    So is an empty text or list in an optional field, as in test splits whose answers or objects were removed.
+    """
 
     @model_validator(mode="before")
     @classmethod
-    def _null_is_missing(cls, entry: Any) -> Any:
-        return {name: value for name, value in entry.items() if value is not None} if isinstance(entry, dict) else entry
+    def _empty_is_missing(cls, entry: Any) -> Any:
+        if not isinstance(entry, dict):
+            return entry
+        optional = {field.alias or name for name, field in cls.model_fields.items() if not field.is_required()}
+        return {
+            name: value
+            for name, value in entry.items()
+            if value is not None and not (name in optional and value in ("", []))
+        }
 
 
 class Description(_Entry):
@@ -95,6 +105,11 @@ class HiddenDescription(Description):
 
     object_id: IntegerOrDigits = 0
     object_name: Name = "unknown"
+
+    @property
+    def number(self) -> str:
+        """As of a `Description`; `ordinal` without an object id, because `ann_id` counts the sentences of an object."""
+        return super().number if "object_id" in self.model_fields_set else str(self.ordinal)
 
     @property
     def object_ids(self) -> tuple[int, ...]:
