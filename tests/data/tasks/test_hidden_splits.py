@@ -66,6 +66,39 @@ def test_a_test_split_is_prepared_answered_and_not_scored(hidden: Path, options:
         assert (scores["protocols"], scores["not_scored"], scores["samples"]) == ({}, NOT_SCORED, len(samples))
 
 
+IMAGES = [f"scannet/posed_images/{SCENE}/00000.jpg"]
+VGLLM_REFER = {
+    "filtered_resps": ["x"],
+    "scanrefer_score": {"images": IMAGES},
+    "doc": {
+        "metadata": {"object_id": "0", "ann_id": "0"},
+        "axis_align_matrix": np.eye(4).tolist(),
+        "cam2global": [np.eye(4).tolist()],
+    },
+}
+VGLLM_CAP = {"filtered_resps": ["x"], "scan2cap_score": {"images": IMAGES}, "doc": {"annotations": ["a"], "iou": 0.5}}
+VIDEO3D_REFER = {
+    "prompt": "The following description.\nthe red chair.",
+    "pred_response": "x",
+    "gt_response": [0, 0, 0, 1, 1, 1],
+}
+VIDEO3D_QA = {"sample_id": question_entry()["question_id"], "pred_response": "x"}
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [(SPLITS[0], VIDEO3D_QA), (SPLITS[2], VGLLM_REFER), (SPLITS[3], VIDEO3D_REFER), (SPLITS[4], VGLLM_CAP)],
+)
+def test_predictions_of_other_projects_for_a_test_split_are_not_scored(
+    hidden: Path, options: TaskOptions, line: dict[str, Any]
+) -> None:
+    done = prepare(hidden, options, hidden / "out", quiet=True)
+    file = hidden / "theirs.jsonl"
+    file.write_text(json.dumps(line) + "\n")
+    scores = score_file(file, options.format, done.folder, hidden)
+    assert (scores["protocols"], scores["not_scored"]) == ({}, NOT_SCORED)
+
+
 def test_the_raw_world_replaces_the_missing_alignment(hidden: Path) -> None:
     raw = load_scene(hidden, SCENE, SceneParts.POSES)
     np.testing.assert_array_equal(raw.axis_align, np.eye(4))
