@@ -157,6 +157,32 @@ sys.exit(main({[command, "--plugin", str(tmp_path / "noisy_plugin.py"), "--score
         assert done.stderr.count(text) == 2, "of the plug-in and of the library"
 
 
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_a_closed_output_is_no_error(closed: str, tmp_path: Path) -> None:
+    """As a daemon or a batch system may start a command: Python's sys.stdout or sys.stderr is None."""
+    (tmp_path / "noisy_plugin.py").write_text(NOISY)
+    end = tmp_path / "end"
+    program = f"""
+import sys
+from pathlib import Path
+from w2r2_ds.commands.common import command_words
+from w2r2_ds.commands.errors import reports_errors
+@reports_errors("test")
+def main():
+    words = command_words(["--plugin", {str(tmp_path / "noisy_plugin.py")!r}, "--word"])
+    print("result")
+    Path({str(end)!r}).write_text(" ".join(words))
+sys.exit(main())
+"""
+    file = tmp_path / "program.py"
+    file.write_text(program)
+    words = ["sh", "-c", f'exec "$0" "$1" {closed}', sys.executable, str(file)]
+    done = subprocess.run(words, env=environment(), cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert end.read_text() == "--word"
+    assert done.stdout.endswith("" if closed.startswith(">") else "result\n")
+
+
 def test_help_is_on_standard_output(capsys: pytest.CaptureFixture[str]) -> None:
     for command in PRINTS_JSON:
         with pytest.raises(SystemExit):

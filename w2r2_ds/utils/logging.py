@@ -123,8 +123,13 @@ def stdout_to_stderr() -> Iterator[None]:
     """Context in which this process writes everything for standard output to standard error.
 
     For a command whose standard output is JSON: libraries print while they are imported or run. The file descriptor is
-    redirected too, for compiled libraries and child processes.
+    redirected too, for compiled libraries and child processes. If the caller has closed one of the two (``>&-``), its
+    descriptor may belong to another file by now, and is left alone.
     """
+    if sys.stdout is None or sys.stderr is None:
+        with redirect_stdout(sys.stderr):
+            yield
+        return
     sys.stdout.flush()
     saved = os.dup(1)
     os.dup2(2, 1)
