@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+PYTHON_HANDLERS = (signal.default_int_handler, signal.SIG_DFL, signal.SIG_IGN)
+"""Handlers of SIGINT of a Python process that has set none."""
 
 
 @contextmanager
@@ -12,10 +16,18 @@ def ignore_interrupts() -> Iterator[None]:
     """Context in which worker processes are started that ignore SIGINT; this process ignores it meanwhile.
 
     A terminal sends Ctrl-C to all processes of a command. This process ends its workers, which would print a traceback
-    each. A new process inherits that a signal is ignored, also one that is still importing its modules.
+    each. A new process inherits that a signal is ignored, also one that is still importing its modules. Python can set
+    handlers in the main thread only; in another thread this does nothing.
     """
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    before = signal.getsignal(signal.SIGINT)
+    if before is None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
+        if before not in PYTHON_HANDLERS:
+            # `signal.signal` disables SA_RESTART, which `training.fault_tolerance.signals` has enabled for its handler.
+            signal.siginterrupt(signal.SIGINT, False)
