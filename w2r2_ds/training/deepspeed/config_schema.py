@@ -8,16 +8,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal, get_args
+from contextlib import suppress
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, create_model
 
 from w2r2_ds.config.cli import did_you_mean
+
+if TYPE_CHECKING:
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 Flag = Annotated[bool, Field(strict=True)]
 Count = Annotated[int, Field(strict=True, ge=1)]
 Factor = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
 GradAccumDtype = Literal["fp32", "bf16"]
+MAX_SHOWN = 100
+"""Maximum number of characters of a wrong value in a message."""
 
 CHECKPOINT = {  # the other keys of this section are set by this package (training/build.py)
     "tag_validation": Annotated[str, Field(pattern="^(?i:ignore|warn|fail)$")],
@@ -49,13 +55,19 @@ KEYS: dict[str, Any] = {
     "aio": AIO,
 }
 """Keys that DeepSpeed does not validate. A dict is a section."""
+DEPRECATED_OFFLOAD = {"offload_param": "cpu_offload_param", "offload_optimizer": "cpu_offload"}
+"""Sections of DeepSpeed's ZeRO configuration, and the flags that they have replaced."""
+STAGE_3_ONLY = ("leaf_module", "zero_quantized_weights", "zero_quantized_nontrainable_weights")
+"""Sections and flags that DeepSpeed ignores below stage 3."""
 
 
 def validate(config: dict[str, Any], path: object) -> None:
     """Raise ValueError with the file and the key of the first unknown key, wrong value or ignored section."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
     schema = _schema()
     try:
-        schema(**config)
+        zero = dict(schema(**config))["zero_optimization"] or DeepSpeedZeroConfig()
     except ValidationError as failure:
         error = failure.errors()[0]
         location = ".".join(map(str, error["loc"]))
@@ -64,42 +76,61 @@ def validate(config: dict[str, Any], path: object) -> None:
             known = [key for key in _key_paths(schema) if key.rpartition(".")[0] == section]
             raise ValueError(f'{path}: unknown key "{location}"{did_you_mean(location, known)}.') from None
         value = json.dumps(error["input"], default=str)
+        value = value if len(value) <= MAX_SHOWN else f"{value[:MAX_SHOWN]}..."
         raise ValueError(f"{path}: {location} is {value}: {error['msg'].rstrip('.')}.") from None
-    _check_combinations(config, path)
+    _check_combinations(config, zero, path)
 
 
 def normalise_stage(zero: dict[str, Any], path: object) -> None:
-    """Replace a ZeRO stage such as "3" or 3.0, which DeepSpeed reads as 3, by the integer; in place.
+    """Replace a ZeRO stage that DeepSpeed reads as an integer, such as "3", "3.0" or 3.0, by the integer; in place.
 
     Raises:
         ValueError: it is true or false, which DeepSpeed reads as 1 or 0.
     """
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
     stage = zero.get("stage", 0)
     if isinstance(stage, bool):
         raise ValueError(f"{path}: zero_optimization.stage is {json.dumps(stage)}; write 0, 1, 2 or 3.")
-    if (isinstance(stage, str) and stage.isdecimal()) or (isinstance(stage, float) and stage.is_integer()):
-        zero["stage"] = int(stage)
+    with suppress(ValidationError):  # reported by `validate`
+        zero["stage"] = int(TypeAdapter(ZeroStageEnum).validate_python(stage))
 
 
-def _check_combinations(config: dict[str, Any], path: object) -> None:
-    """Raise ValueError for a section that the ZeRO stage ignores, or that lacks a value or a library."""
-    zero = config.get("zero_optimization") or {}
-    stage = zero.get("stage", 0)
+def _check_combinations(config: dict[str, Any], zero: DeepSpeedZeroConfig, path: object) -> None:
+    """Raise ValueError for a section or a flag that the ZeRO stage ignores, or that lacks a value or a library.
+
+    Args:
+        config: the JSON.
+        zero: its section `zero_optimization`, in which DeepSpeed has replaced deprecated keys (`cpu_offload`).
+        path: the file, for messages.
+    """
+    section = config.get("zero_optimization") or {}
+    stage = section.get("stage", 0)
     for name, first, effect in (
         ("offload_param", 3, "weights are sharded from stage 3 on"),
         ("offload_optimizer", 1, "optimizer states are sharded from stage 1 on"),
     ):
-        section = zero.get(name) or {}
-        device, key = section.get("device", "none"), f"{path}: zero_optimization.{name}"
+        offload = getattr(zero, name)
+        device = "none" if offload is None else offload.device
+        deprecated = DEPRECATED_OFFLOAD[name]
+        key = f"{path}: zero_optimization.{deprecated if section.get(deprecated) else name}"
         if device != "none" and stage < first:
             raise ValueError(f"{key} has no effect at stage {stage}: {effect}; remove it or use stage {first}.")
         if device == "nvme":
-            if not section.get("nvme_path"):
+            if not offload.nvme_path:
                 raise ValueError(f"{key}.device is nvme; set {name}.nvme_path to a folder on an NVMe disk.")
             _require_aio(key)
+    for name in STAGE_3_ONLY:
+        if section.get(name) and stage < 3:
+            raise ValueError(
+                f"{path}: zero_optimization.{name} has no effect at stage {stage}; remove it or use stage 3."
+            )
+    offloads = [each for each in (zero.offload_param, zero.offload_optimizer) if each is not None]
+    if config.get("aio") and not any(each.device == "nvme" for each in offloads):
+        raise ValueError(f"{path}: aio has no effect, because nothing is offloaded to nvme; remove it.")
     for name, default in (("gradient_predivide_factor", 1.0), ("prescale_gradients", False)):
         value = config.get(name, default)
-        if stage >= 2 and zero.get("reduce_scatter", True) and value != default:
+        if stage >= 2 and section.get("reduce_scatter", True) and value != default:
             raise ValueError(
                 f"{path}: {name} is {json.dumps(value)}, which stage {stage} does not support; remove it (gradients "
                 "are divided by the number of ranks after the reduction)."
