@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import zero3_cases
-from host_sync import host_reads
+from host_sync import host_constants, host_reads
 from objectives import objective_config, push_term
 from reference_passes import hand_loss
 from runs import ZERO3, run_ranks
@@ -195,6 +195,7 @@ def test_no_host_sync(
     batch = batch_of(samples)
     tower = batch.visuals.tower
     assert not host_reads(lambda: step(batch)[0].backward())
+    assert not host_constants(lambda: step(batch)[0].backward())
     read, lists = set(), torch.Tensor.tolist
     monkeypatch.setattr(torch.Tensor, "tolist", lambda self: read.add(tuple(lists(self))) or lists(self))
     step(batch)[0].backward()
@@ -209,7 +210,7 @@ def test_no_sync_on_a_gpu(
 ) -> None:
     device = torch.device("cuda")
     step = make_step(pass_order, checkpointing=True).to(device)
-    step.model.geometry.to(device)
+    step.model.geometry.vggt.to(device)  # not a submodule of the step
     step.scorer.tables = step.scorer.tables.to(device)
     batch = batch_of(samples).to(device)
     step(batch)[0].backward()  # one-time initialization may synchronize

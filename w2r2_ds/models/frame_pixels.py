@@ -27,12 +27,12 @@ def normalise(frames: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
         frames: ``[N, 3, H, W]`` uint8.
         mean, std: per-channel mean and standard deviation of values in [0, 1].
     """
-    return unit_range(frames).sub_(_per_channel(mean, frames.device)).div_(_per_channel(std, frames.device))
+    return unit_range(frames).sub_(per_channel(mean, frames.device)).div_(per_channel(std, frames.device))
 
 
-def _per_channel(values: Sequence[float], device: torch.device) -> Tensor:
-    """``[channels, 1, 1]`` float32, filled on the device: a copy from the host would make the host wait."""
-    return torch.stack([torch.full((1, 1), value, device=device) for value in values])
+def per_channel(values: Sequence[float], device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    """``[channels, 1, 1]``, filled on the device: a copy from the host would make the host wait."""
+    return torch.stack([torch.full((1, 1), value, device=device, dtype=dtype) for value in values])
 
 
 def even_crop(frames: Tensor, patch: int = 14, merge: int = 2) -> Tensor:

@@ -17,6 +17,7 @@ from pydantic import ConfigDict, NonNegativeFloat, NonNegativeInt, PositiveInt, 
 from pydantic.dataclasses import dataclass
 from torch import nn
 
+from w2r2_ds.models.frame_pixels import per_channel
 from w2r2_ds.models.vggt.dinov2 import DinoViT
 from w2r2_ds.models.vggt.layers import Block, PatchProjection, RotaryTable, grid_positions, rotary_table
 
@@ -126,8 +127,7 @@ class Aggregator(nn.Module):
 
     def patch_tokens(self, images: torch.Tensor) -> torch.Tensor:
         """``[N, 3, H, W]`` in [0, 1] -> ``[N, patches, embed_dim]`` in the dtype of the weights."""
-        mean = torch.tensor(PIXEL_MEAN, device=images.device, dtype=images.dtype).view(3, 1, 1)
-        std = torch.tensor(PIXEL_STD, device=images.device, dtype=images.dtype).view(3, 1, 1)
+        mean, std = (per_channel(values, images.device, images.dtype) for values in (PIXEL_MEAN, PIXEL_STD))
         return self.patch_embed(((images - mean) / std).to(self.camera_token.dtype))
 
     def tokens(self, images: torch.Tensor) -> torch.Tensor:
@@ -135,8 +135,9 @@ class Aggregator(nn.Module):
         batch, frames = images.shape[:2]
         patches = self.patch_tokens(images.flatten(0, 1))
         # The reference frame has special tokens of its own; all other frames share theirs.
-        first_or_other = [0] + [1] * (frames - 1)
-        special = torch.cat((self.camera_token, self.register_token), dim=2)[:, first_or_other]
+        first, other = torch.cat((self.camera_token, self.register_token), dim=2).split(1, dim=1)
+        # Not an index of a list, which would be copied to the device and make the host wait.
+        special = torch.cat((first, other.expand(-1, frames - 1, -1, -1)), dim=1)
         special = special.expand(batch, -1, -1, -1).flatten(0, 1)
         return torch.cat((special.to(patches.dtype), patches), dim=1)
 
