@@ -161,6 +161,16 @@ def test_step_equivalence_finds_a_wrong_kernel(settings: Settings, monkeypatch: 
     assert not step_equivalence.run(settings).criteria[0].met
 
 
+def test_the_measured_zero3_settings_are_those_of_the_shipped_json() -> None:
+    """All that are not DeepSpeed's defaults, or about printing and saving."""
+    shipped = json.loads((Path(__file__).parents[2] / "ds_configs" / "zero3.json").read_text())
+    for name in ("steps_per_print", "wall_clock_breakdown"):
+        del shipped[name]
+    for name in ("contiguous_gradients", "sub_group_size", "stage3_gather_16bit_weights_on_model_save"):
+        del shipped["zero_optimization"][name]
+    assert zero3.zero3_json(overlap_comm=True) == shipped
+
+
 @pytest.mark.nightly  # starts a process that imports everything
 def test_zero3(tmp_path: Path) -> None:
     report = bring_up(tmp_path, "--parts", "[zero3]")

@@ -97,6 +97,7 @@ def zero3_json(overlap_comm: bool) -> dict[str, Any]:
     return {name: "auto" for name in sizes} | {
         "zero_optimization": zero,
         "bf16": {"enabled": "auto"},
+        "gradient_clipping": 1.0,  # the norm of all gradients is read on the host
     }
 
 
