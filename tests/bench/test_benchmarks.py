@@ -16,6 +16,7 @@ from w2r2_ds.bench.model import Subject, build
 from w2r2_ds.bench.shapes import TINY
 from w2r2_ds.bench.step_time import BASELINE, CACHES, NAIVE, SINGLE, W2R2_STEP
 from w2r2_ds.commands.bench import BENCHMARKS, main
+from w2r2_ds.models.attention.vision import VISION_ATTENTION
 
 
 @pytest.fixture(scope="module")
@@ -145,11 +146,15 @@ def test_stock_forwards_removes_and_restores_all_overrides(subject: Subject) -> 
     modules, layers = list(subject.model.vlm.modules()), subject.model.base.model.language_model.layers
     overridden = [module for module in modules if "forward" in module.__dict__]
     assert len(overridden) == 8 * TINY.layers + 1  # seven projections and the layer itself; the patch embedding
+    tower = subject.model.base.config.vision_config
+    assert tower._attn_implementation == VISION_ATTENTION
     with stock_forwards(subject.model):
+        assert tower._attn_implementation == "sdpa"
         assert not any("forward" in module.__dict__ for module in modules)
         assert all(layer.gradient_checkpointing for layer in layers)
     assert [module for module in modules if "forward" in module.__dict__] == overridden
     assert not any(layer.gradient_checkpointing for layer in layers)
+    assert tower._attn_implementation == VISION_ATTENTION
 
 
 def test_largest_difference_detects_a_push_term_and_other_geometry(subject: Subject) -> None:

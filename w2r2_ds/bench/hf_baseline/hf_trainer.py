@@ -21,6 +21,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from w2r2_ds.bench.harness import Lap, timed
 from w2r2_ds.bench.model import CroppedVGGT, Subject, bench_optimizer
 from w2r2_ds.bench.shapes import IGNORED
+from w2r2_ds.models.attention.vision import VISION_ATTENTION
 from w2r2_ds.models.family import find_family
 from w2r2_ds.models.frame_pixels import unit_range
 from w2r2_ds.models.w2r2 import W2R2
@@ -35,6 +36,10 @@ def stock_forwards(model: W2R2) -> Iterator[None]:
     removed and restored. As with the Trainer's option `gradient_checkpointing`, every decoder layer is recomputed.
     """
     text = model.family.language_model(model.base)
+    # transformers' loop over the windows of the vision tower, instead of one call per layer.
+    tower, base = model.base.config.vision_config._attn_implementation, model.base
+    if tower == VISION_ATTENTION:
+        base.set_attn_implementation({"vision_config": "sdpa"})
     overridden = [module for module in model.vlm.modules() if "forward" in module.__dict__]
     overrides = [(module, module.__dict__.pop("forward")) for module in overridden]
     for layer in text.layers:
@@ -48,6 +53,8 @@ def stock_forwards(model: W2R2) -> Iterator[None]:
             layer.gradient_checkpointing = False
         for module, forward in overrides:
             module.forward = forward
+        if tower == VISION_ATTENTION:
+            base.set_attn_implementation({"vision_config": tower})
 
 
 TowerOutputs = tuple[Any, Tensor]
