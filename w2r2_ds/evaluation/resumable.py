@@ -23,6 +23,7 @@ from w2r2_ds.evaluation.protocols.records import AnswerRecord, raise_with_first
 from w2r2_ds.types.sample import Sample
 from w2r2_ds.utils.files import atomic_io
 from w2r2_ds.utils.files.json_io import read_json, read_jsonl
+from w2r2_ds.utils.files.output_folder import make_folder
 from w2r2_ds.utils.sanitize import CONTROL
 
 RUN = "run.json"
@@ -67,7 +68,7 @@ class PartialAnswers:
         self.folder = folder
         wanted = json.loads(json.dumps(run))  # as it is read back: tuples are lists
         file = folder / RUN
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         if not file.is_file():
             # Ranks start at different times: another rank may have written run.json and its first answers after the
             # check above. Answers without run.json therefore need a second check before they are an error.

@@ -14,6 +14,7 @@ from w2r2_ds.models.family import find_family
 from w2r2_ds.models.geometry_encoder import GEOMETRY_ENCODERS
 from w2r2_ds.models.weights.loading import load_model_config, load_vision_spec
 from w2r2_ds.models.weights.weights_hash import model_weights, tensors_digest
+from w2r2_ds.utils.files.output_folder import make_folder
 
 
 def open_cache(data: DataConfig, model: ModelConfig) -> FeatureCache | None:
@@ -26,7 +27,7 @@ def open_cache(data: DataConfig, model: ModelConfig) -> FeatureCache | None:
         return None
     folder = Path(data.cache)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
     except OSError as error:
         raise ValueError(f"data.cache is {folder}, which cannot be created ({error}); name another folder.") from error
     store = FeatureStore(folder.absolute(), int(data.cache_gib * 2**30))

@@ -19,6 +19,7 @@ from w2r2_ds.training.trackers import TRACKERS, Tracker, check_trackers
 from w2r2_ds.utils.distributed import raise_on_all_ranks
 from w2r2_ds.utils.files import atomic_io
 from w2r2_ds.utils.files.json_io import read_jsonl
+from w2r2_ds.utils.files.output_folder import make_folder
 
 METRICS_FILE = "metrics.jsonl"
 PROCESS_STATUS = Path("/proc/self/status")
@@ -71,7 +72,7 @@ class MetricsLogger:
         self._last_step = step
         with raise_on_all_ranks():
             if self.active:
-                self.run_dir.mkdir(parents=True, exist_ok=True)
+                make_folder(self.run_dir)
                 self._drop_after(step)
                 for name in self._tracker_names:
                     self._trackers.append(TRACKERS[name](self.run_dir, step))

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections import namedtuple
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,13 @@ import torch
 from safetensors.torch import save_file
 
 from fork_server import environment
+from w2r2_ds.data.prepare import pipeline
+from w2r2_ds.evaluation.resumable import PartialAnswers
+from w2r2_ds.training.checkpoint.ownership import OwnershipToken
+from w2r2_ds.training.metrics import MetricsLogger
 from w2r2_ds.utils.files import output_folder
-from w2r2_ds.utils.files.output_folder import check_writable, fill, new_folder
+from w2r2_ds.utils.files.file_lock import locked
+from w2r2_ds.utils.files.output_folder import check_writable, fill, make_folder, new_folder
 
 
 def write(out: Path, **options: object) -> list[str]:
@@ -175,3 +181,34 @@ def test_fill_keeps_a_folder_that_cannot_be_replaced(tmp_path: Path) -> None:
     before = (tmp_path / "out").stat().st_ino
     fill(tmp_path / "out", tmp_path / "new")
     assert (tmp_path / "out").stat().st_ino == before and os.listdir(tmp_path) == ["out"]
+
+
+def test_a_folder_is_made_where_a_link_points(tmp_path: Path) -> None:
+    """`check_writable` accepts the link at the start, so that the work is not lost at the end."""
+    link, real = tmp_path / "link", tmp_path / "disk" / "real"
+    link.symlink_to(real)
+    check_writable(link)
+    make_folder(link / "inner")
+    assert (real / "inner").is_dir()
+    make_folder(link / "inner")
+    (real / "file").touch()
+    with pytest.raises(FileExistsError):
+        make_folder(link / "file")
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        OwnershipToken.claim,
+        lambda out: MetricsLogger(out, total_steps=1).start(0),
+        lambda out: PartialAnswers(out / "parts", {}),
+        pipeline._check_folder,
+        lambda out: locked(out / ".lock", "evaluation", "wait").__enter__(),
+    ],
+    ids=["checkpoints", "metrics", "evaluation", "preparation", "lock"],
+)
+def test_commands_create_their_folder_where_a_link_points(use: Callable[[Path], object], tmp_path: Path) -> None:
+    link, real = tmp_path / "link", tmp_path / "disk" / "real"
+    link.symlink_to(real)
+    use(link)
+    assert real.is_dir()

@@ -51,7 +51,7 @@ from w2r2_ds.types.sample import Sample
 from w2r2_ds.utils.files import atomic_io
 from w2r2_ds.utils.files.file_lock import locked
 from w2r2_ds.utils.files.hashing import file_sha256, json_sha256
-from w2r2_ds.utils.files.output_folder import check_writable
+from w2r2_ds.utils.files.output_folder import check_writable, make_folder
 from w2r2_ds.utils.findings import Finding, by_kind
 from w2r2_ds.utils.parallel import listed, run_all
 from w2r2_ds.utils.progress import progress
@@ -154,7 +154,7 @@ def prepare(
 
 def _check_folder(out: Path) -> None:
     """Create the folder; raise ``ValueError`` if it holds files that ``launchers/prepare.py`` did not write."""
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     # Files of an interrupted preparation are expected: scenes, temporary files of `atomic_io`, and skipped.jsonl.
     others = [
         path

@@ -39,7 +39,7 @@ from w2r2_ds.evaluation.scoring import (
 )
 from w2r2_ds.types.sample import Sample
 from w2r2_ds.utils.files.hashing import file_sha256
-from w2r2_ds.utils.files.output_folder import check_writable
+from w2r2_ds.utils.files.output_folder import check_writable, make_folder
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +107,7 @@ def score_file(
         scores["not_scored"] = NOT_SCORED
         logger.warning("%s: %s", file, NOT_SCORED)
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
+        make_folder(out)
         name = file.stem.removeprefix("predictions-")
         (out / f"scores-{name}.json").write_text(json.dumps(scores, indent=2) + "\n")
     return scores

@@ -23,6 +23,7 @@ from typing import Any
 
 from w2r2_ds.training.checkpoint.manifest import PARTIAL
 from w2r2_ds.utils.files import atomic_io
+from w2r2_ds.utils.files.output_folder import make_folder
 
 INCARNATION = "incarnation.json"
 
@@ -57,7 +58,7 @@ class OwnershipToken:
     def claim(cls, run: str | Path) -> OwnershipToken:
         """Take over a run and remove temporary folders of earlier launches. On rank 0 only, after all input checks."""
         folder = Path(run) / "checkpoints"
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         before = _read(folder / INCARNATION)
         token = cls(
             folder,

@@ -18,6 +18,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from w2r2_ds.utils.files.output_folder import make_folder
+
 logger = logging.getLogger(__name__)
 
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
@@ -37,7 +39,7 @@ def locked(file: Path, activity: str, alternative: str) -> Iterator[None]:
     Raises:
         ValueError: another process holds the lock; the message names its process id, machine and start time.
     """
-    file.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(file.parent)
     # Not 0: a second attempt is needed if the holder ends and removes the file after this process has opened it.
     lock = FileLock(file, timeout=0.2)
     try:

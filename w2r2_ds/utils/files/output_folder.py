@@ -112,6 +112,17 @@ def check_writable(folder: Path | str, needed_bytes: int = 0, option: str = "--o
         )
 
 
+def make_folder(path: Path) -> None:
+    """Create a folder and its parents, unless it exists; also where a link to a missing folder points.
+
+    `Path.mkdir` fails at such a link, which `check_writable` and `new_folder` follow.
+
+    Raises:
+        OSError: a part of the path is a file, or cannot be created.
+    """
+    Path(os.path.realpath(path)).mkdir(parents=True, exist_ok=True)
+
+
 def existing_parent(path: Path | str) -> Path:
     """The path itself, or its nearest parent that exists; links are followed."""
     existing = Path(os.path.realpath(path))
