@@ -48,6 +48,7 @@ def test_a_broken_box_is_skipped_and_recorded(tmp_path: Path, box: object, place
     path = written(tmp_path, json.dumps({"a": [], "scannet/scene0011_00": [BOX, box, BOX]}))
     proposals = read_proposals(path)
     np.testing.assert_array_equal(proposals["scene0011_00"], [BOX, BOX])
+    assert proposals.indices == {"a": (), "scene0011_00": (0, 2)}
     ((scene_id, (message,)),) = proposals.broken_boxes.items()
     assert scene_id == "scene0011_00"
     assert message.startswith(f"{path}: field 'scannet/scene0011_00[1]{place}'") and not proposals.broken
@@ -62,6 +63,12 @@ def test_a_scene_of_broken_boxes_is_skipped_in_the_file(tmp_path: Path, boxes: o
     proposals = read_proposals(path)
     assert list(proposals) == ["b"] and list(proposals.broken) == ["a"]
     assert "field 'scannet/a" in proposals.broken["a"]
+
+
+def test_a_scene_that_occurs_twice_is_skipped_in_the_file(tmp_path: Path) -> None:
+    twice = {"scannet/a": [BOX, [1]], "b": [BOX], "a": [BOX]}
+    proposals = read_proposals(written(tmp_path, json.dumps(twice)))
+    assert list(proposals) == ["b"] and "scene a occurs twice" in proposals.broken["a"] and not proposals.broken_boxes
 
 
 @pytest.mark.parametrize(

@@ -128,12 +128,22 @@ def test_scan2cap_describes_every_proposed_box(hidden: Path) -> None:
     assert not np.allclose(second.cam_to_world[0], CAMERA), "the raw world"
 
 
-def test_a_broken_proposal_of_the_test_split_is_an_error(hidden: Path) -> None:
-    """Captions are identified by the index of the box, so none may be skipped."""
+def test_broken_proposals_of_the_test_split_do_not_block_the_others(hidden: Path) -> None:
+    """Captions are identified by the index of the box in the file."""
+    options = TaskOptions("scan2cap", "test", frames=TWO)
     file = hidden / "proposals" / "scannet_test_pred_box.json"
-    file.write_text(json.dumps({f"scannet/{SCENE}": [[1, 1, 1, 0, 1, 1], *PROPOSED]}))
-    with pytest.raises(ValueError, match=f"{file.name}.*{SCENE}"):
-        prepared_items(hidden, "scan2cap", "test")
+    boxes = [PROPOSED[0], [1, 1, 1, 0, 1, 1], PROPOSED[1]]
+    file.write_text(json.dumps({f"scannet/{SCENE}": boxes}))
+    assert any("broken boxes in the proposals" in line for line in try_preparation(hidden, options).skipped_inputs)
+    done = prepare(hidden, options, hidden / "one", quiet=True)
+    assert [each.id for each in PreparedSet(done.folder, hidden)] == [f"{SCENE}|0", f"{SCENE}|2"]
+    (line,) = (line for line in done.manifest["skipped_inputs"] if "boxes in the proposals" in line)
+    assert line.startswith("1 broken") and f"scannet/{SCENE}[1]" in line
+    file.write_text(json.dumps({f"scannet/{SCENE}": boxes, "scene0001_00": "x"}))
+    with pytest.raises(ValueError, match=r"1 of 2 scenes cannot be used.*\n.*field 'scene0001_00': must be a list"):
+        prepare(hidden, options, hidden / "two", quiet=True)
+    done = prepare(hidden, options, hidden / "two", skip_broken_scenes=True, quiet=True)
+    assert done.manifest["counts"]["samples"] == 2
 
 
 def test_boxes_skip_hidden_scans_and_name_them_once(hidden: Path) -> None:

@@ -41,12 +41,14 @@ class BoxProposals(dict[str, np.ndarray]):
     """Scene id -> ``[N, 6]`` float64 centre and size, in the file's order; N may be 0.
 
     Attributes:
+        indices: scene id -> index in the file's list of each box that was kept.
         broken_boxes: scene id -> one message for each box that was skipped in the scene.
-        broken: scene id -> message, for scenes that were skipped because none of their boxes is valid.
+        broken: scene id -> message, for scenes that were skipped: none of their boxes is valid, or they occur twice.
     """
 
     def __init__(self) -> None:
         super().__init__()
+        self.indices: dict[str, tuple[int, ...]] = {}
         self.broken_boxes: dict[str, tuple[str, ...]] = {}
         self.broken: dict[str, str] = {}
 
@@ -55,8 +57,8 @@ def read_proposals(path: Path | str) -> BoxProposals:
     """Read the proposed boxes of all scenes; broken boxes are skipped and recorded.
 
     Raises:
-        ValueError: the file is not readable, a scene has an unsafe name or occurs twice, or no scene is valid. The
-            message has scene and box of the first ten errors.
+        ValueError: the file is not readable, a scene has an unsafe name, or no scene is valid. The message has scene
+            and box of the first ten errors.
     """
     proposals = BoxProposals()
     problems = []
@@ -68,7 +70,9 @@ def read_proposals(path: Path | str) -> BoxProposals:
             problems.append(f"{path}: {error}; correct the name")
             continue
         if scene_id in proposals or scene_id in proposals.broken:
-            problems.append(f"{path}: scene {one_line(scene_id)} occurs twice; remove one of the two")
+            proposals.pop(scene_id, None)  # it is unknown which of the two is right
+            proposals.broken_boxes.pop(scene_id, None)
+            proposals.broken[scene_id] = f"{path}: scene {one_line(scene_id)} occurs twice; remove one of the two"
         elif not isinstance(boxes, list):
             proposals.broken[scene_id] = f"{path}: field {one_line(name)!r}: must be a list of boxes"
         else:
@@ -76,7 +80,8 @@ def read_proposals(path: Path | str) -> BoxProposals:
             if messages and not valid:
                 proposals.broken[scene_id] = "\n".join(messages)
                 continue
-            proposals[scene_id] = np.array(valid, dtype=np.float64).reshape(-1, 6)
+            proposals[scene_id] = np.array(list(valid.values()), dtype=np.float64).reshape(-1, 6)
+            proposals.indices[scene_id] = tuple(valid)
             if messages:
                 proposals.broken_boxes[scene_id] = tuple(messages)
     if not proposals:
@@ -87,12 +92,13 @@ def read_proposals(path: Path | str) -> BoxProposals:
     return proposals
 
 
-def _valid_boxes(path: Path | str, name: str, boxes: list[Any]) -> tuple[list[list[float]], list[str]]:
-    """The valid boxes of a scene, and one message per error of the others."""
-    valid, messages = [], []
+def _valid_boxes(path: Path | str, name: str, boxes: list[Any]) -> tuple[dict[int, list[float]], list[str]]:
+    """Index -> box for the valid boxes of a scene, and one message per error of the others."""
+    valid: dict[int, list[float]] = {}
+    messages: list[str] = []
     for index, box in enumerate(boxes):
         try:
-            valid.append(_BOX.validate_python(box))
+            valid[index] = _BOX.validate_python(box)
         except ValidationError as error:
             messages += error_lines(error, path, prefix=(name, index))
     return valid, messages

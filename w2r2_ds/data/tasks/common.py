@@ -113,7 +113,7 @@ class DescriptionTask(Task):
                     info=None if infos is None else infos.get(scene_id),
                     proposals=None if proposals is None else proposals.get(scene_id),
                     problem=_infos_problem(scene_id, infos) or _proposals_problem(scene_id, proposals),
-                    skipped_inputs=_broken_boxes(scene_id, infos, proposals),
+                    skipped_inputs=broken_boxes(scene_id, infos, proposals),
                 )
             )
         return tuple(jobs)
@@ -155,7 +155,7 @@ def broken_instances(info: ScanInfo) -> tuple[Finding, ...]:
     return tuple(Finding("broken boxes in EmbodiedScan's infos", message) for message in info.broken_instances)
 
 
-def _broken_boxes(scene_id: str, infos: Infos | None, proposals: BoxProposals | None) -> tuple[Finding, ...]:
+def broken_boxes(scene_id: str, infos: Infos | None, proposals: BoxProposals | None) -> tuple[Finding, ...]:
     """The boxes of a scene that are skipped in the infos and the proposals."""
     info = None if infos is None else infos.get(scene_id)
     instances = () if info is None else broken_instances(info)

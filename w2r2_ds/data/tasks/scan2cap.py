@@ -10,7 +10,7 @@ the annotations), at the detected box with the largest IoU, or at the annotated 
 references.
 
 Test: ScanNet's hidden scans have no annotated objects. Every proposed box of a scene gives a sample
-``scene|index of the box``, without references.
+``scene|index of the box``, without references. The index counts broken boxes too, which are skipped.
 """
 
 from __future__ import annotations
@@ -26,9 +26,8 @@ from w2r2_ds.boxes3d.transforms import world_to_camera
 from w2r2_ds.data.frames.selection import select_frames
 from w2r2_ds.data.sources.annotations import Description
 from w2r2_ds.data.sources.frames import SceneParts
-from w2r2_ds.data.sources.proposals import read_proposals
+from w2r2_ds.data.sources.proposals import BoxProposals, read_proposals
 from w2r2_ds.data.sources.scannet import Scene
-from w2r2_ds.data.sources.validation import raise_problems
 from w2r2_ds.data.tasks.base import (
     NO_PROPOSAL,
     InputFile,
@@ -37,12 +36,14 @@ from w2r2_ds.data.tasks.base import (
     PreparedItems,
     SkippedItem,
     TaskOptions,
+    by_scene,
     register_task,
 )
 from w2r2_ds.data.tasks.common import (
     PROPOSALS,
     DescriptionTask,
     ObjectVisibility,
+    broken_boxes,
     find_visible_frames,
     frame_fields,
     frames_or_skip,
@@ -112,15 +113,12 @@ class ProposedObject:
         return f"{self.scene_id}|{self.index}"
 
 
-def read_proposed_objects(path: Path) -> list[ProposedObject]:
-    """All proposed boxes; a broken one raises ``ValueError``, because captions are identified by the index."""
-    proposals = read_proposals(path)
-    broken = [*proposals.broken.values(), *(line for lines in proposals.broken_boxes.values() for line in lines)]
-    raise_problems(path, broken)
+def proposed_objects(proposals: BoxProposals, path: Path) -> list[ProposedObject]:
+    """All valid boxes of a file of proposals."""
     return [
         ProposedObject(scene_id, index, box, f"{path}: {scene_id}[{index}]")
         for scene_id, boxes in proposals.items()
-        for index, box in enumerate(boxes)
+        for index, box in zip(proposals.indices[scene_id], boxes, strict=True)
     ]
 
 
@@ -190,8 +188,21 @@ class Scan2Cap(DescriptionTask):
 
     def read(self, root: Path, options: TaskOptions) -> Sequence[Any]:
         if is_hidden(options):
-            return read_proposed_objects(self.annotations(root, options).path)
+            path = self.annotations(root, options).path
+            return proposed_objects(read_proposals(path), path)
         return super().read(root, options)
+
+    def jobs(self, root: Path, options: TaskOptions) -> tuple[Job, ...]:
+        if not is_hidden(options):
+            return super().jobs(root, options)
+        path = self.annotations(root, options).path
+        proposals = read_proposals(path)
+        jobs = [
+            Job(scene_id, number, items, skipped_inputs=broken_boxes(scene_id, None, proposals))
+            for number, (scene_id, items) in enumerate(by_scene(proposed_objects(proposals, path)).items())
+        ]
+        broken = enumerate(proposals.broken.items(), start=len(jobs))
+        return (*jobs, *(Job(scene_id, number, problem=message) for number, (scene_id, message) in broken))
 
     def make_samples(self, scene: Scene, job: Job, options: TaskOptions) -> PreparedItems:
         """Samples and skipped items: one per description (training) or per object, in the order of the file."""
