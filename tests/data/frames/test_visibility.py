@@ -23,8 +23,8 @@ from w2r2_ds.data.frames.visibility import (
     visible_frames_by_infos,
 )
 from w2r2_ds.data.sources.embodiedscan import InfoInstance, ScanInfo
-from w2r2_ds.data.sources.frames import Frame
-from w2r2_ds.data.sources.scannet import Scene, load_scene
+from w2r2_ds.data.sources.frames import Frame, SceneParts
+from w2r2_ds.data.sources.scannet import Scene, alignment_file, load_scene
 
 SIZE = (64, 48)
 
@@ -51,11 +51,20 @@ def test_only_listed_frames_are_candidates(scene: Scene) -> None:
     assert listed.instances is scene.instances
 
 
+def test_a_scan_without_alignment_raises_with_its_file(root: Path) -> None:
+    alignment_file(root, SCENE).write_text("colorWidth = 1296\n")
+    raw = load_scene(root, SCENE, SceneParts.POSES)  # as detection reads it
+    with pytest.raises(ValueError, match=rf"axisAlignment in scans/{SCENE}/{SCENE}.txt is missing or differs"):
+        keep_listed_frames(raw, make_info({0: set()}))
+
+
 def test_another_numbering_of_the_images_raises(scene: Scene) -> None:
     with pytest.raises(ValueError, match=rf"{SCENE}: none of its 3 frames is among the 2 that EmbodiedScan lists"):
         keep_listed_frames(scene, make_info({70: set(), 80: set()}))
     assert len(keep_listed_frames(scene, make_info({0: set()}, shift=0.04)).frames) == 1
-    with pytest.raises(ValueError, match=r"00000.jpg: its camera is 0.06 m from where EmbodiedScan has frame 0 of"):
+    with pytest.raises(
+        ValueError, match=r"00000.jpg: its camera is 0.06 m from where EmbodiedScan has frame 0 of.*own numbers"
+    ):
         keep_listed_frames(scene, make_info({0: set()}, shift=0.06))
 
 

@@ -37,6 +37,9 @@ small because neighbouring images are often only centimetres apart.
 """
 
 _RENUMBERED = "extract the images of the scan under their own numbers (every 10th: 00000, 00010, ...)"
+_REALIGNED = (
+    "axisAlignment in scans/{scene}/{scene}.txt is missing or differs from EmbodiedScan's; copy that file again"
+)
 
 
 def keep_listed_frames(scene: Scene, info: ScanInfo) -> Scene:
@@ -58,9 +61,11 @@ def keep_listed_frames(scene: Scene, info: ScanInfo) -> Scene:
         pose = info.axis_align @ info.poses[frame.index]
         distance = float(np.linalg.norm((pose - frame.cam_to_world)[:3, 3]))
         if distance > POSE_TOLERANCE:
+            # Detection accepts a scan without axisAlignment, whose world is then the raw one.
+            same_world = np.allclose(scene.axis_align, info.axis_align, atol=POSE_TOLERANCE)
             raise ValueError(
                 f"{frame.color}: its camera is {distance:.2f} m from where EmbodiedScan has frame {frame.index} of "
-                f"{scene.scene_id}; {_RENUMBERED}"
+                f"{scene.scene_id}; {_RENUMBERED if same_world else _REALIGNED.format(scene=scene.scene_id)}"
             )
     return replace(scene, frames=frames)
 
