@@ -148,17 +148,22 @@ def test_step_equivalence(settings: Settings, monkeypatch: pytest.MonkeyPatch) -
     assert len(set(losses.values())) == 4, "every option changes the loss"
 
 
-def test_step_equivalence_finds_a_wrong_kernel(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("fault", ["values", "no gradient", "NaN"])
+def test_step_equivalence_finds_a_wrong_kernel(settings: Settings, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
     from w2r2_ds.kernels import lora_linear
 
     right = lora_linear.lora_projection
 
     def wrong(*arguments: Any) -> torch.Tensor:
-        return right(*arguments) * 1.001
+        if fault == "no gradient":
+            return right(*(each.detach() if isinstance(each, torch.Tensor) else each for each in arguments))
+        return right(*arguments) * (1.001 if fault == "values" else torch.nan)
 
     monkeypatch.setattr(lora_linear, "lora_projection", wrong)
     monkeypatch.setattr(step_equivalence, "FUSIONS", {"add": FUSIONS["add"]})
-    assert not step_equivalence.run(settings).criteria[0].met
+    report = step_equivalence.run(settings)
+    assert not report.criteria[0].met
+    assert all(row["largest difference"] > step_equivalence.TOLERANCE for row in report.rows)
 
 
 def test_the_measured_zero3_settings_are_those_of_the_shipped_json() -> None:

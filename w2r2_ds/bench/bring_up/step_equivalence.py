@@ -7,6 +7,7 @@ GPU the Triton kernels cannot run; the kernels that consist of PyTorch operation
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Any
 
 import torch
@@ -43,7 +44,7 @@ def run(settings: Settings) -> BenchReport:
         both = [Steps(device, kernels, fusion, zero_geometry, dropout) for kernels in compared]
         for ratio, order in itertools.product(MASK_RATIOS, PASS_ORDERS):
             expected, found = (steps.run(ratio, order) for steps in both)
-            errors = {name: float((found[name] - each).norm() / each.norm()) for name, each in expected.items()}
+            errors = {name: difference(found.get(name), expected.get(name)) for name in expected | found}
             worst = max(errors, key=lambda name: errors[name])
             report.rows.append(
                 {
@@ -67,6 +68,17 @@ def run(settings: Settings) -> BenchReport:
     return report
 
 
+def difference(found: Tensor | None, expected: Tensor | None) -> float:
+    """``|found - expected|`` relative to the larger of both norms; None is 0.
+
+    1, the largest error, if a value is not finite: NaN would be lost in a maximum.
+    """
+    if found is None or expected is None:
+        return 1.0
+    error = float((found - expected).norm() / torch.maximum(found.norm(), expected.norm()))
+    return error if math.isfinite(error) else 1.0
+
+
 class Steps:
     """Training steps of one model, with seeded dropout and masks.
 
@@ -88,6 +100,6 @@ class Steps:
         torch.manual_seed(SEED)
         loss, _ = step(self.batch)
         value = loss.detach().clone()
-        # Parameters without a gradient, such as those of an unused branch, cannot differ.
-        found = {name: each for name, each in gradients(self.subject.model, loss).items() if each.norm() > 0}
+        # Without the gradients of 0, such as those of an unused branch.
+        found = {name: each for name, each in gradients(self.subject.model, loss).items() if each.norm() != 0}
         return {"loss": value, **found}
