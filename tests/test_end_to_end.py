@@ -70,17 +70,13 @@ def trained(world: World, prepared: Path, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.mark.parametrize("task", PREPARE)
-def test_every_task_from_annotations_to_scores(
-    task: str, prepared: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_every_task_from_annotations_to_scores(task: str, prepared: Path, trained: Path, tmp_path: Path) -> None:
     manifest = json.loads((prepared / task / "val" / "manifest.json").read_text())
     assert manifest["task"] == task and manifest["counts"]["samples"] > 0
     count = min(4, manifest["counts"]["samples"])
     evaluate.run(trained / task, task, out=tmp_path, limit=count, max_new_tokens=64)
     scores = json.loads((tmp_path / f"scores-{task}-fused.json").read_text())
-    capsys.readouterr()
-    evaluate.run(score_only=tmp_path / f"predictions-{task}-fused.jsonl")
-    again = json.loads(capsys.readouterr().out)
+    again = evaluate.run(score_only=tmp_path / f"predictions-{task}-fused.jsonl")
     protocol, value = SCORES[task]
     for each in (scores, again):
         result: dict[str, Any] = each["protocols"][protocol]

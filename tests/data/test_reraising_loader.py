@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
@@ -164,16 +165,18 @@ def test_no_file_descriptor_is_left_in_the_main_process(open_files: Callable[[in
     assert_names_options(str(caught.value), "open files")
 
 
-def test_the_thread_that_pins_batches_reports_errors_too(
-    open_files: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """An exception would end that thread. `pin_memory` of PyTorch needs a GPU, so it is replaced."""
+def test_the_thread_that_pins_batches_reports_errors_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`pin_memory` of PyTorch needs a GPU, so it is replaced; so is the function that opens the descriptors."""
+
+    def no_descriptors(pickled: bytes) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
     monkeypatch.setattr(reraising_loader, "pin_memory", lambda batch: ("pinned", batch))
     good, bad = (reraising_loader._to_shared_memory([torch.ones(3), *many_tensors()]) for _ in range(2))
     assert isinstance(good, reraising_loader._SharedBatch) and isinstance(bad, reraising_loader._SharedBatch)
     name, batch = good.pin_memory()
     assert name == "pinned" and torch.equal(batch[0], torch.ones(3))
-    open_files(20)
+    monkeypatch.setattr(reraising_loader.ForkingPickler, "loads", no_descriptors)
     name, error = bad.pin_memory()
     assert isinstance(error, reraising_loader._WorkerError)
     assert_names_options(error.message, "open files")

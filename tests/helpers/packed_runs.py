@@ -29,6 +29,7 @@ class FixedBatchSampler:
 
     def __init__(self, batches: list[list[int]]) -> None:
         self.batches = batches
+        self.micro_batch = max(map(len, batches))
 
     def __len__(self) -> int:
         return len(self.batches)

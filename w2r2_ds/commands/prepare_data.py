@@ -46,7 +46,7 @@ def prepare_task(
     seed: int = 0,
     out: str = "",
     workers: int = 0,
-    skip_broken_scenes: bool = False,
+    skip_broken_scenes: bool = True,
     skip_without_box: bool = False,
     check: bool = False,
     dry_run: bool = False,
@@ -73,7 +73,7 @@ def prepare_task(
         seed: random seed of the draw.
         out: parent of the splits' folders; default: ROOT/prepared/TASK.
         workers: number of processes; 0 means one per available core.
-        skip_broken_scenes: skip and list scenes with missing or malformed files instead of raising an error.
+        skip_broken_scenes: skip, count and list scenes with missing or malformed files; false: they are an error.
         skip_without_box: skip and list annotations of objects without a box instead of raising an error.
         check: only read all input files as the preparation does, and print every kind of problem; the exit code is 1 if
             there are any.

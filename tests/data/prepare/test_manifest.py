@@ -36,7 +36,7 @@ def test_published_scenes_are_compared_with_all_annotated_scenes(
 ) -> None:
     monkeypatch.setattr(ScanRefer, "published", {"train": 7})
     monkeypatch.setattr(ScanRefer, "unit", lambda self, options: "scenes")
-    done = prepare(damaged, DEPTH, damaged / "out", skip_broken_scenes=True, quiet=True)
+    done = prepare(damaged, DEPTH, damaged / "out", quiet=True)
     assert done.manifest["counts"]["scenes"] == 1
     assert "7 scenes, as published" in summary_line(done.folder, done.manifest, False)
 
@@ -94,11 +94,11 @@ def test_a_scene_with_an_unreadable_file_can_be_skipped(scenes: Path, name: str)
     file.unlink()
     file.symlink_to(file.name)  # a cycle: ELOOP, which is not a missing file
     with pytest.raises(ValueError, match=re.escape(file.name)):
-        prepare(scenes, DEPTH, scenes / "out", quiet=True)
-    done = prepare(scenes, DEPTH, scenes / "out", skip_broken_scenes=True, quiet=True)
+        prepare(scenes, DEPTH, scenes / "out", skip_broken_scenes=False, quiet=True)
+    done = prepare(scenes, DEPTH, scenes / "out", quiet=True)
     assert done.manifest["skipped"]["broken_scene"] > 0
     assert SECOND not in {sample.scene_id for sample in PreparedSet(done.folder, scenes)}
-    assert prepare(scenes, DEPTH, scenes / "out", skip_broken_scenes=True, quiet=True).reused
+    assert prepare(scenes, DEPTH, scenes / "out", quiet=True).reused
 
 
 def test_a_scene_whose_folder_cannot_be_listed_can_be_skipped(scenes: Path, monkeypatch: pytest.MonkeyPatch) -> None:

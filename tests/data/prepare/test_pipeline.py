@@ -89,8 +89,8 @@ def test_broken_boxes_and_scenes_of_the_infos_do_not_block_others(scenes: Path) 
     path.write_bytes(pickle.dumps(whole))
     options = TaskOptions("scanrefer", "train", frames=FrameOptions("vgllm", 1), rolls=1)
     with pytest.raises(ValueError, match=rf"1 of 3 scenes cannot be used.*\n.*{THIRD}: field 'axis_align_matrix'"):
-        prepare(scenes, options, scenes / "out", quiet=True)
-    done = prepare(scenes, options, scenes / "out", skip_broken_scenes=True, quiet=True)
+        prepare(scenes, options, scenes / "out", skip_broken_scenes=False, quiet=True)
+    done = prepare(scenes, options, scenes / "out", quiet=True)
     assert done.manifest["counts"]["scenes"] == 2 and done.manifest["skipped"]["broken_scene"] == 2
     lost, line = done.manifest["skipped_inputs"]  # nothing about the scene that is not in the annotations
     assert LOST_POSE in lost
@@ -252,18 +252,18 @@ def test_a_process_that_dies_is_an_error() -> None:
 
 def test_all_broken_scenes_are_reported(damaged: Path) -> None:
     with pytest.raises(ValueError) as caught:
-        prepare(damaged, DEPTH, damaged / "out", quiet=True)
+        prepare(damaged, DEPTH, damaged / "out", skip_broken_scenes=False, quiet=True)
     first, *others = str(caught.value).splitlines()
     assert first.startswith("2 of 3 scenes") and "--skip_broken_scenes" in first
     assert f"{SECOND} has no colour images" in others[0] and f"{THIRD}/00000.txt" in others[1]
     assert not (damaged / "out" / MANIFEST).exists()
 
 
-def test_broken_scenes_can_be_skipped(damaged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_broken_scenes_are_skipped(damaged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="2 of 3 scenes cannot be used"):
-        prepare(damaged, DEPTH, damaged / "out", quiet=True)
+        prepare(damaged, DEPTH, damaged / "out", skip_broken_scenes=False, quiet=True)
     worked = interrupted(monkeypatch, "none")
-    done = prepare(damaged, DEPTH, damaged / "out", skip_broken_scenes=True, quiet=True)
+    done = prepare(damaged, DEPTH, damaged / "out", quiet=True)
     assert [each.scene_id for each in PreparedSet(done.folder, damaged)] == [SCENE, SCENE]
     assert worked == [SECOND, THIRD], "the scene of the first attempt is kept"
     assert done.manifest["skipped"] == {"broken_scene": 4, "no_visible_frame": 1}
@@ -284,7 +284,7 @@ def test_more_than_ten_problems_are_counted(root: Path) -> None:
 def test_wrong_annotations_cannot_be_skipped(scenes: Path) -> None:
     write_annotations(scenes, [entry(), entry(98), {**entry(97), "scene_id": SECOND}])
     with pytest.raises(ValueError, match="2 annotations refer to objects that the scenes do not have") as caught:
-        prepare(scenes, DEPTH, scenes / "out", skip_broken_scenes=True, quiet=True)
+        prepare(scenes, DEPTH, scenes / "out", quiet=True)
     assert "entry 2: field 'object_id' is 98" in str(caught.value)
     assert "entry 3: field 'object_id' is 97" in str(caught.value)
 

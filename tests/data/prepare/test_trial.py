@@ -83,9 +83,11 @@ def test_an_empty_root_lists_all_sources(tmp_path: Path) -> None:
 def test_one_line_per_kind_with_a_count(complete: Path) -> None:
     """A hundred scenes that are not there are one line; so are those that the infos lack."""
     write_annotations(complete, [entry(), *({**entry(), "scene_id": f"scene{n:04d}_00"} for n in range(1, 101))])
-    (missing,) = problems(complete)
+    trial = try_preparation(complete, REFER, quiet=True)
+    (missing,) = trial.broken_scenes
+    assert trial.problems == () and missing in trial.report()
     assert "infos do not have this scene" in missing and "scene0001_00" in missing and "99 more" in missing
-    (*kinds,) = problems(complete, DEPTH)
+    kinds = try_preparation(complete, DEPTH, quiet=True).broken_scenes
     assert len(kinds) == 3 and all("scene0001_00" in line and "99 more" in line for line in kinds)
 
 
@@ -197,9 +199,9 @@ def test_check_and_preparation_find_that_no_frame_shows_an_object(complete: Path
 
 
 def test_broken_scenes_are_problems_unless_they_are_skipped(damaged: Path) -> None:
-    trial = try_preparation(damaged, DEPTH, quiet=True)
+    trial = try_preparation(damaged, DEPTH, skip_broken_scenes=False, quiet=True)
     assert [line.count(SECOND) + 2 * line.count(THIRD) for line in trial.problems] == [1, 2]
-    trial = try_preparation(damaged, DEPTH, skip_broken_scenes=True, quiet=True)
+    trial = try_preparation(damaged, DEPTH, quiet=True)
     assert trial.problems == () and len(trial.broken_scenes) == 2 and trial.samples == 2
 
 

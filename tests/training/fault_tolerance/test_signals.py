@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from fork_server import HELPERS
 from rank_processes import Ranks
 from runs import ZERO3, World, read_metrics
 from w2r2_ds.training.fault_tolerance import exit_codes
-from w2r2_ds.training.fault_tolerance.signals import StopSignals
+from w2r2_ds.training.fault_tolerance.signals import CODES, StopSignals
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(1200)]
 
@@ -140,43 +142,49 @@ def catches(pid: int, number: int) -> bool:
     return bool(int(mask.split()[1], 16) >> (number - 1) & 1)
 
 
-def test_signals_set_the_code_inside_the_block_and_ignored_after_it() -> None:
-    before = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)}
-    try:
-        with StopSignals() as signals:
-            assert signals.agreed() == exit_codes.DONE
-            signal.raise_signal(signal.SIGTERM)
-            signal.raise_signal(signal.SIGUSR1)
-            assert signals.agreed() == exit_codes.TERMINATED
+@pytest.fixture
+def restored() -> Iterator[None]:
+    """Restore the handlers of the signals after the test."""
+    before = {number: signal.getsignal(number) for number in CODES}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_signals_set_the_code_inside_the_block_and_ignored_after_it(restored: None) -> None:
+    with StopSignals() as signals:
+        assert signals.agreed() == exit_codes.DONE
+        signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGUSR1)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        assert signals.agreed() == exit_codes.TERMINATED
+    signal.raise_signal(signal.SIGUSR1)
 
 
-def test_an_interrupt_sets_the_code_of_sigterm(caplog: pytest.LogCaptureFixture) -> None:
-    before = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)}
-    try:
-        with caplog.at_level("INFO", "w2r2_ds"), StopSignals() as signals:
-            signal.raise_signal(signal.SIGINT)
-            assert signals.agreed() == exit_codes.TERMINATED
-            deadline = time.monotonic() + 30
-            while "Ctrl-C" not in caplog.text and time.monotonic() < deadline:  # logged by a thread
-                time.sleep(0.01)
-        assert "Ctrl-C" in caplog.text
+def test_an_interrupt_sets_the_code_of_sigterm(restored: None, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", "w2r2_ds"), StopSignals() as signals:
         signal.raise_signal(signal.SIGINT)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        assert signals.agreed() == exit_codes.TERMINATED
+        deadline = time.monotonic() + 30
+        while "Ctrl-C" not in caplog.text and time.monotonic() < deadline:  # logged by a thread
+            time.sleep(0.01)
+    assert "Ctrl-C" in caplog.text
+    signal.raise_signal(signal.SIGINT)
 
 
-def test_no_thread_is_left_after_the_block() -> None:
+@pytest.mark.timeout(60)
+def test_the_end_of_the_block_does_not_wait_for_forked_processes(restored: None) -> None:
+    """A worker of a data loader has the socket of the thread, too."""
+    with StopSignals():
+        child = os.fork()
+        if child == 0:
+            time.sleep(300)
+            os._exit(0)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+
+
+def test_no_thread_is_left_after_the_block(restored: None) -> None:
     """It has a reference to a process group of gloo, which must be freed before Python exits."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)}
-    try:
-        with StopSignals() as signals:
-            assert signals._thread.is_alive()
-        assert not signals._thread.is_alive()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    with StopSignals() as signals:
+        assert signals._thread.is_alive()
+    assert not signals._thread.is_alive()

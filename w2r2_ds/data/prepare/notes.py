@@ -39,7 +39,5 @@ def _notes(prepared: PreparedSet, root: Path) -> list[str]:
         reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.items())
         effect = "" if trains else "; they are not in the denominator of the scores"
         notes.append(f"{sum(skipped.values())} items were skipped in the preparation ({reasons}){effect}")
-    if without_pose := manifest["counts"].get("frames_without_pose", 0):
-        notes.append(f"{without_pose} frames have no valid pose and are not used")
     notes += [f"skipped input: {line}" for line in manifest.get("skipped_inputs", ())]
     return [f"{name}: {note}" for note in notes]

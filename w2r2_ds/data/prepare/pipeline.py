@@ -111,7 +111,7 @@ def prepare(
     options: TaskOptions,
     out: Path | str,
     workers: int = 1,
-    skip_broken_scenes: bool = False,
+    skip_broken_scenes: bool = True,
     skip_without_box: bool = False,
     quiet: bool = False,
 ) -> Prepared:
@@ -122,14 +122,14 @@ def prepare(
         options: task options.
         out: folder to write; a complete one with the same options and inputs is reused.
         workers: number of processes; 1 uses this process.
-        skip_broken_scenes: skip and list items of scenes with missing or malformed files, instead of an error.
+        skip_broken_scenes: skip and list items of scenes with missing or malformed files. False: an error.
         skip_without_box: skip and list items about objects without a box, instead of an error.
         quiet: no progress bar.
 
     Raises:
         ValueError: an option or a file cannot be used, `out` holds another data set, or another process is
-            preparing it. Errors of scenes and annotations are collected over all scenes; the message has the first
-            ten.
+            preparing it, or no scene can be used. Errors of scenes and annotations are collected over all scenes;
+            the message has the first ten.
     """
     out = Path(out)
     if not (out / MANIFEST).is_file():  # a complete set that is reused may be on a read-only disk
@@ -301,8 +301,10 @@ def _scenes_to_skip(plan: Plan, failures: Sequence[SceneFailure], skip: bool) ->
     if wrong:
         head = f"{len(wrong)} annotations refer to objects that the scenes do not have (--skip_without_box skips them)"
         raise ValueError(listed(head, wrong))
-    if failures and not skip:
-        head = f"{len(failures)} of {len(plan.jobs)} scenes cannot be used (--skip_broken_scenes skips them)"
+    if failures and (not skip or len(failures) == len(plan.jobs)):
+        head = f"{len(failures)} of {len(plan.jobs)} scenes cannot be used"
+        if len(failures) < len(plan.jobs):
+            head += " (--skip_broken_scenes true skips them)"
         raise ValueError(listed(head, [message for failure in failures for message in failure.messages]))
     return list(failures)
 

@@ -29,7 +29,7 @@ class Trial:
     Attributes:
         name: task and split.
         problems: one line per kind of problem for which the preparation would stop.
-        broken_scenes: the same of scenes that ``--skip_broken_scenes`` skips.
+        broken_scenes: the same of scenes that the preparation skips.
         skipped_inputs: one line per kind of lost frames and broken boxes, which the preparation skips.
         samples: number of samples.
         frames: number of distinct frames of the samples.
@@ -49,7 +49,8 @@ class Trial:
         inputs = [f"  skipped input: {line}" for line in self.skipped_inputs]
         inputs += [f"  skipped scene: {line}" for line in self.broken_scenes]
         if not self.problems:
-            return "\n".join([f"{self.name}: everything is here", *inputs])
+            found = "some scenes cannot be used" if self.broken_scenes else "everything is here"
+            return "\n".join([f"{self.name}: {found}", *inputs])
         kinds = "1 kind of problem" if len(self.problems) == 1 else f"{len(self.problems)} kinds of problems"
         head = f"{self.name}: {kinds}; docs/guides/own-dataset.md has the sources of all files"
         return "\n".join([head, *(f"  {line}" for line in self.problems), *inputs])
@@ -80,7 +81,7 @@ def try_preparation(
     root: Path | str,
     options: TaskOptions,
     workers: int = 1,
-    skip_broken_scenes: bool = False,
+    skip_broken_scenes: bool = True,
     skip_without_box: bool = False,
     quiet: bool = False,
 ) -> Trial:
@@ -120,7 +121,7 @@ def _result(plan: Plan, name: str, missing: Sequence[str], trials: Sequence[_Sce
     problems = [*missing, *_messages([failure for failure in failures if failure.is_annotation_error])]
     broken = _messages([failure for failure in failures if not failure.is_annotation_error])
     samples = sum(trial.samples for trial in trials)
-    if not skip:
+    if not skip or len(failures) == len(plan.jobs):
         problems, broken = [*problems, *broken], []
     if not problems:
         try:

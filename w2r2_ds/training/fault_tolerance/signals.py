@@ -63,7 +63,10 @@ class StopSignals:
         for number in CODES:
             signal.signal(number, signal.SIG_IGN)
         signal.set_wakeup_fd(-1)
-        self._wakeup.close()  # ends the thread
+        # This ends the thread. `close` is not enough: a forked process, such as a worker of a data loader, has the
+        # socket too.
+        self._wakeup.shutdown(socket.SHUT_RDWR)
+        self._wakeup.close()
         # The thread has a reference to this object and its process group. If it still ran while Python exits, gloo's
         # group would be freed too late, and abort the process with "terminate called without an active exception".
         self._thread.join()
