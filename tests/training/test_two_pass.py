@@ -179,6 +179,14 @@ def test_lockstep_does_not_support_a_shortcut_with_gradient(make_step: Callable[
         RunConfig(objective=objective_config(push="unblocked"), train=TrainConfig(pass_order="lockstep"))
 
 
+def moved(step: W2R2Step, device: torch.device) -> W2R2Step:
+    """The step on a device, with all that is not a submodule of it."""
+    step.to(device)
+    step.model.geometry.vggt.to(device)  # type: ignore[attr-defined]
+    step.scorer = replace(step.scorer, tables=step.scorer.tables.to(device))
+    return step
+
+
 @pytest.mark.parametrize("pass_order", SCHEDULES)
 def test_no_host_sync(
     make_step: Callable[..., W2R2Step],
@@ -191,7 +199,7 @@ def test_no_host_sync(
 
     Captions and short answers are compared as text: their tokens are read (`Scorer.teacher_forced`).
     """
-    step = make_step(pass_order, checkpointing=True)
+    step = moved(make_step(pass_order, checkpointing=True), torch.device("cpu"))
     batch = batch_of(samples)
     tower = batch.visuals.tower
     assert not host_reads(lambda: step(batch)[0].backward())
@@ -209,9 +217,7 @@ def test_no_sync_on_a_gpu(
     make_step: Callable[..., W2R2Step], batch_of: Any, samples: list[Any], pass_order: str
 ) -> None:
     device = torch.device("cuda")
-    step = make_step(pass_order, checkpointing=True).to(device)
-    step.model.geometry.vggt.to(device)  # not a submodule of the step
-    step.scorer.tables = step.scorer.tables.to(device)
+    step = moved(make_step(pass_order, checkpointing=True), device)
     batch = batch_of(samples).to(device)
     step(batch)[0].backward()  # one-time initialization may synchronize
     torch.cuda.synchronize()
