@@ -15,6 +15,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from w2r2_ds.utils.files.json_io import read_jsonl
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 REQUIRED = ("scene", "question", "answers")
 
@@ -23,11 +25,10 @@ def scanqa_entries(questions: Path) -> list[dict[str, object]]:
     """Entries of a ScanQA file, one per line of `questions`.
 
     Raises:
-        ValueError: a line without one of the REQUIRED fields; names the file and the line.
+        ValueError: a line is no JSON object, or lacks one of the REQUIRED fields; names the file and the line.
     """
     entries: list[dict[str, object]] = []
-    for number, line in enumerate(questions.read_text(encoding="utf-8-sig").splitlines(), start=1):
-        record = json.loads(line)
+    for number, record in read_jsonl(questions):
         missing = [key for key in REQUIRED if not record.get(key)]
         if missing:
             raise ValueError(f"{questions}, line {number}: no {', '.join(missing)}")

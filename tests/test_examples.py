@@ -34,6 +34,12 @@ def test_a_question_without_an_answer_raises_with_its_line(tmp_path: Path) -> No
         entries(questions)
     questions.write_text(json.dumps(record | {"answers": ["2"]}))
     assert entries(questions)[0]["answers"] == ["2"]
+    line = json.dumps(record | {"answers": ["2"], "question": "a\u2028b"}, ensure_ascii=False)
+    questions.write_bytes(b"\xef\xbb\xbf" + f"{line}\r\n\n{line}\n\n".encode())
+    assert [each["question_id"] for each in entries(questions)] == ["custom-1", "custom-3"]
+    questions.write_text(f"{line}\n{{")
+    with pytest.raises(ValueError, match=r"questions.jsonl: line 2 is not valid JSON"):
+        entries(questions)
 
 
 def test_the_script_prints_its_commands() -> None:
