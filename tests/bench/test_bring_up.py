@@ -201,6 +201,22 @@ def test_a_part_that_fails_does_not_stop_the_others(tmp_path: Path, monkeypatch:
     assert list(report["parts"]) == ["wrong", "right"]
 
 
+def test_a_broken_cuda_context_does_not_lose_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No memory can be freed after an illegal access. An error of a kernel may first be seen there."""
+
+    def broken(*arguments: Any) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered\nmore lines")
+
+    def unaware(settings: Settings) -> BenchReport:
+        return BenchReport("unaware", "the error comes later", [{"row": 1}])
+
+    monkeypatch.setattr(steps, "release", broken)
+    monkeypatch.setattr(run, "PARTS", {"unaware": unaware, "broken": broken})
+    report = bring_up(tmp_path, status=1)
+    expected = "failed: RuntimeError: CUDA error: an illegal memory access was encountered"
+    assert [row["result"] for row in report["rows"]] == [expected] * 2
+
+
 def test_no_part_starts_after_the_time(tmp_path: Path) -> None:
     report = bring_up(tmp_path, "--seconds", "0", status=1)
     assert [row["part"] for row in report["rows"]] == list(PARTS) and not report["parts"]

@@ -126,19 +126,27 @@ def run(settings: Settings, names: list[str] | None, seconds: float) -> BringUpR
             continue
         logger.info("%s, after %.0f s", name, passed)
         report.parts.append(run_part(name, settings))
-        steps.release(settings.device)
     return report
 
 
 def run_part(name: str, settings: Settings) -> PartResult:
-    """Run one part; its errors become part of the result."""
+    """Run one part and free its memory; its errors become part of the result."""
     began = time.perf_counter()
+    report, error = None, ""
     try:
-        report, error = PARTS[name](settings), ""
+        report = PARTS[name](settings)
     except Exception as exception:  # out of memory, errors of compilers and drivers: many types
         logger.exception("%s failed", name)
-        report, error = None, f"failed: {type(exception).__name__}: {first_line(exception)}"
-    return PartResult(name, time.perf_counter() - began, report, error)
+        error = f"failed: {type(exception).__name__}: {first_line(exception)}"
+    seconds = time.perf_counter() - began
+    # After the handler, where the exception still refers to tensors of the part. Once a kernel has broken the CUDA
+    # context, this fails too, and so do all parts but those with processes of their own; the report is still written.
+    try:
+        steps.release(settings.device)
+    except Exception as exception:
+        logger.exception("the memory of %s could not be freed", name)
+        report, error = None, error or f"failed: {type(exception).__name__}: {first_line(exception)}"
+    return PartResult(name, seconds, report, error)
 
 
 def first_line(error: Exception) -> str:
