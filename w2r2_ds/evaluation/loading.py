@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +10,6 @@ import torch
 from w2r2_ds.config.io import load_config, relocated
 from w2r2_ds.config.schema import RunConfig
 from w2r2_ds.convert.peft_adapter import ADAPTER_CARD, adapter_config, load_adapter
-from w2r2_ds.kernels.select import describe_attention, resolve_dtype
 from w2r2_ds.models.build import VlmFrontend, build_model, fingerprint
 from w2r2_ds.models.feature_cache import open_cache
 from w2r2_ds.models.w2r2 import W2R2
@@ -19,8 +17,6 @@ from w2r2_ds.training.checkpoint.compat import check_fingerprint
 from w2r2_ds.training.checkpoint.manifest import MANIFEST, TENSORS, find_checkpoint, read_manifest
 from w2r2_ds.training.checkpoint.weights import load_trainable
 from w2r2_ds.utils.files.hashing import files_sha256
-
-logger = logging.getLogger(__name__)
 
 
 def run_config(
@@ -53,7 +49,6 @@ def trained_model(path: Path, config: RunConfig) -> W2R2:
         ValueError: it was trained with other base models, or a file is missing or broken.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    logger.info("%s", describe_attention(config.model.attention, resolve_dtype(config.model.dtype)))
     if (path / ADAPTER_CARD).is_file():
         model = load_adapter(path, config, device)
     else:
