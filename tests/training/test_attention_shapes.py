@@ -12,6 +12,7 @@ from torch.backends.cuda import cudnn_sdp_enabled
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from w2r2_ds.data.loader import LENGTH_MULTIPLE, make_collate, make_processor
+from w2r2_ds.evaluation.generate import generate_tokens
 from w2r2_ds.models.build import trainable
 from w2r2_ds.models.qwen2_5_vl.last_layer import ROW_MULTIPLE
 from w2r2_ds.training.activation_checkpointing import recompute
@@ -66,6 +67,23 @@ def test_a_run_has_few_attention_shapes_and_cudnn_sees_only_fixed_ones(
     last_layer = {(rounded(count, ROW_MULTIPLE), rounded(length, LENGTH_MULTIPLE)) for length, count in sizes}
     assert found == all_tokens | last_layer
     assert len(found) <= STEPS, "without rounding there would be two per step"
+
+
+def test_decoding_never_reaches_cudnn(
+    make_step: Callable[..., W2R2Step], frontend: Any, data_config: Any, samples: list[Any]
+) -> None:
+    """Every decoded token has another number of keys; prompts of several lengths."""
+    model, process = make_step().model, make_processor(frontend, data_config())
+    collate = make_collate(frontend, data_config(), with_answer=False)
+    batch = collate([process(sample, False) for sample in samples[:2]])
+    with AttentionCalls() as calls:
+        generate_tokens(model, batch, frontend.tokenizer, "fused", 8, 2.0)
+    head = model.family.language_model(model.base).layers[0].self_attn.head_dim
+    # A prompt has as many queries as keys. The queries of a decoded token are the heads of a group.
+    keys = {key[2] for query, key in calls.shapes[False] if query[3] == head and query[2] != key[2]}
+    assert len(keys) > 4, "a shape per decoded token"
+    # With cuDNN: the geometry encoder only, within frames and over all frames of either sample.
+    assert len(calls.shapes[True]) <= 4
 
 
 @pytest.mark.parametrize("packed", [False, True])
