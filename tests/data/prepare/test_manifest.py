@@ -111,8 +111,8 @@ def test_a_scene_whose_folder_cannot_be_listed_can_be_skipped(scenes: Path, monk
 
     monkeypatch.setattr(Path, "iterdir", denied)
     with pytest.raises(ValueError, match=rf"{re.escape(str(folder))} cannot be read \(Permission denied\)"):
-        prepare(scenes, DEPTH, scenes / "out", quiet=True)
-    done = prepare(scenes, DEPTH, scenes / "out", skip_broken_scenes=True, quiet=True)
+        prepare(scenes, DEPTH, scenes / "out", skip_broken_scenes=False, quiet=True)
+    done = prepare(scenes, DEPTH, scenes / "out", quiet=True)
     assert done.manifest["skipped"]["broken_scene"] > 0
 
 
