@@ -223,6 +223,11 @@ def test_no_part_starts_after_the_time(tmp_path: Path) -> None:
     assert all("--seconds" in row["result"] for row in report["rows"])
 
 
+def test_steps_that_are_not_measured_in_time_are_notes(settings: Settings) -> None:
+    report = steps.run(replace(settings, deadline=0.0))
+    assert report.rows == [] and sum("--seconds" in note for note in report.notes) == len(settings.questions)
+
+
 @pytest.mark.parametrize(
     ("options", "named"),
     [

@@ -153,7 +153,7 @@ def bring_up(
     questions: list[int] = [1, 8],  # noqa: B006
     rounds: int = 3,
     steps: int = 50,
-    seconds: float = 300.0,
+    seconds: float = 270.0,
 ) -> Any:
     """First checks and measurements on a new GPU, in under 5 minutes: tests, kernels, rooflines, ZeRO-3, steps, memory.
 
@@ -166,12 +166,12 @@ def bring_up(
         questions: numbers K of questions per packed sequence.
         rounds: number of runs per case, interleaved.
         steps: number of steps of varying lengths, for the comparison of SDPA backends.
-        seconds: no part starts after this time.
+        seconds: nothing more is measured after this time.
     """
     from w2r2_ds.bench.bring_up.run import run
     from w2r2_ds.bench.bring_up.settings import Settings
 
-    return run(Settings.of(shapes, frames, questions, rounds, steps), parts, seconds)
+    return run(Settings.of(shapes, frames, questions, rounds, steps, seconds), parts)
 
 
 BENCHMARKS: dict[str, Callable[..., Any]] = {

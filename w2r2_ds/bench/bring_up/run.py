@@ -104,13 +104,12 @@ class BringUpReport:
         self.summary().show(console)
 
 
-def run(settings: Settings, names: list[str] | None, seconds: float) -> BringUpReport:
+def run(settings: Settings, names: list[str] | None) -> BringUpReport:
     """Run parts, by default all of them.
 
     Args:
         settings: device and sizes.
         names: names of parts.
-        seconds: no part starts after this time.
 
     Raises:
         ValueError: a part does not exist.
@@ -120,11 +119,10 @@ def run(settings: Settings, names: list[str] | None, seconds: float) -> BringUpR
             raise ValueError(f"--parts has {name!r}; it may have {', '.join(PARTS)}.")
     report, began = BringUpReport(), time.perf_counter()
     for name in names or list(PARTS):
-        passed = time.perf_counter() - began
-        if passed > seconds:
-            report.parts.append(PartResult(name, 0.0, error=f"not run: {seconds:g} s had passed (--seconds)"))
+        if settings.expired():
+            report.parts.append(PartResult(name, 0.0, error="not run: the time is over (--seconds)"))
             continue
-        logger.info("%s, after %.0f s", name, passed)
+        logger.info("%s, after %.0f s", name, time.perf_counter() - began)
         report.parts.append(run_part(name, settings))
     return report
 

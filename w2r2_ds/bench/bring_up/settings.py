@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,6 +22,7 @@ class Settings:
         questions: numbers K of questions per packed sequence.
         rounds: number of runs per case.
         steps: number of training steps of varying lengths, for the comparison of SDPA backends.
+        deadline: value of `time.perf_counter` after which nothing more is measured.
     """
 
     device: torch.device
@@ -29,12 +31,21 @@ class Settings:
     questions: tuple[int, ...]
     rounds: int
     steps: int
+    deadline: float
 
     @classmethod
     def of(
-        cls, shapes: list[str] | None, frames: list[int] | None, questions: list[int], rounds: int, steps: int
+        cls,
+        shapes: list[str] | None,
+        frames: list[int] | None,
+        questions: list[int],
+        rounds: int,
+        steps: int,
+        seconds: float = 600.0,
     ) -> Settings:
         """Settings of the options; by default the real architectures on a GPU, and the shape `tiny` on a CPU.
+
+        The deadline is `seconds` from now.
 
         Raises:
             ValueError: a shape does not exist, or a number is not positive or too large for the shape.
@@ -48,7 +59,11 @@ class Settings:
                 raise ValueError(f"--{option} is {numbers[0] if len(numbers) == 1 else numbers}; it must be positive.")
         for shape in shapes:
             find_shapes(shape, frames)
-        return cls(device, tuple(shapes), tuple(frames), tuple(questions), rounds, steps)
+        return cls(device, tuple(shapes), tuple(frames), tuple(questions), rounds, steps, time.perf_counter() + seconds)
+
+    def expired(self) -> bool:
+        """Whether the deadline has passed."""
+        return time.perf_counter() > self.deadline
 
     def all_shapes(self) -> list[Shape]:
         """Every shape with the first number of frames."""

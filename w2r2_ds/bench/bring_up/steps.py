@@ -45,8 +45,12 @@ def measure_shape(shape: Shape, settings: Settings, report: BenchReport) -> None
     for frames in settings.frames:
         sized = replace(subject, shape=replace(shape, frames=frames))
         for questions in settings.questions:
+            name = f"{sized.shape.label}, K {questions}"
+            if settings.expired():
+                report.notes.append(f"{name}: not measured, the time is over (--seconds).")
+                continue
             case = partial(measure, sized, questions, settings, rate, report)
-            if_it_fits(case, f"{sized.shape.label}, K {questions}", settings.device, report)
+            if_it_fits(case, name, settings.device, report)
 
 
 def if_it_fits(case: Callable[[], None], name: str, device: torch.device, report: BenchReport) -> None:
