@@ -141,7 +141,7 @@ def test_broken_proposals_of_the_test_split_do_not_block_the_others(hidden: Path
     assert line.startswith("1 broken") and f"scannet/{SCENE}[1]" in line
     file.write_text(json.dumps({f"scannet/{SCENE}": boxes, "scene0001_00": "x"}))
     with pytest.raises(ValueError, match=r"1 of 2 scenes cannot be used.*\n.*field 'scene0001_00': must be a list"):
-        prepare(hidden, options, hidden / "two", quiet=True)
+        prepare(hidden, options, hidden / "two", skip_broken_scenes=False, quiet=True)
     done = prepare(hidden, options, hidden / "two", skip_broken_scenes=True, quiet=True)
     assert done.manifest["counts"]["samples"] == 2
 
