@@ -33,7 +33,7 @@ def test_existing_models_are_not_overwritten(tmp_path: Path, present: str) -> No
     assert (tmp_path / present / "config.json").read_text() == "{}"
 
 
-@pytest.mark.parametrize(("argument", "status"), [("--help", 0), ("--steps", 2)])
+@pytest.mark.parametrize(("argument", "status"), [("--help", 0), ("--steps", 1)])
 def test_help_and_a_wrong_option_start_no_training(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], argument: str, status: int
 ) -> None:

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from w2r2_ds.training.fault_tolerance.signals import CODES, StopSignals
-from w2r2_ds.utils.interrupts import ignore_interrupts
+from w2r2_ds.utils.interrupts import defer_interrupts
 from w2r2_ds.utils.parallel import run_all
 
 
@@ -34,7 +34,7 @@ def test_system_calls_are_still_restarted_in_a_run() -> None:
     before = {number: signal.getsignal(number) for number in CODES}
     try:
         with StopSignals() as signals:
-            with ignore_interrupts():
+            with defer_interrupts():
                 assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
             assert signal.getsignal(signal.SIGINT) == signals._handle
             assert read_interrupted() == 1
@@ -44,14 +44,16 @@ def test_system_calls_are_still_restarted_in_a_run() -> None:
             signal.signal(number, handler)
 
 
-def test_without_a_run_ctrl_c_interrupts() -> None:
+def test_an_interrupt_in_the_context_is_raised_after_it() -> None:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    reached = False
     try:
-        with ignore_interrupts():
+        with pytest.raises(KeyboardInterrupt), defer_interrupts():
             signal.raise_signal(signal.SIGINT)
+            reached = True
+        assert reached and signal.getsignal(signal.SIGINT) is signal.default_int_handler
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
         signal.signal(signal.SIGINT, before)
 

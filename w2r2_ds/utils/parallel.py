@@ -13,7 +13,7 @@ import torch
 
 from w2r2_ds.utils import plugins
 from w2r2_ds.utils.distributed import RankInfo
-from w2r2_ds.utils.interrupts import ignore_interrupts
+from w2r2_ds.utils.interrupts import defer_interrupts
 
 _Result = TypeVar("_Result")
 MAX_LISTED = 10
@@ -43,9 +43,9 @@ def run_all(call: Callable[..., _Result], arguments: Sequence[tuple[Any, ...]], 
     with ProcessPoolExecutor(
         workers, mp_context=context, initializer=_initialize_worker, initargs=(plugins.IMPORTED,)
     ) as pool:
-        with ignore_interrupts():
-            futures = [pool.submit(call, *args) for args in arguments]
         try:
+            with defer_interrupts():
+                futures = [pool.submit(call, *args) for args in arguments]
             for future in as_completed(futures):
                 yield future.result()
         except BrokenProcessPool:

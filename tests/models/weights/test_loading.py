@@ -24,7 +24,7 @@ from w2r2_ds.models.weights.loading import (
     meta_model,
 )
 
-CONFIGS = Path(__file__).parent / "configs"
+CONFIGS = Path(__file__).parents[1] / "configs"
 
 
 @pytest.fixture

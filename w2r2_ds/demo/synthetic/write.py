@@ -21,7 +21,7 @@ from w2r2_ds.demo.synthetic.options import SPLITS, Options, scene_id
 from w2r2_ds.demo.synthetic.scene import SceneEntries, write_scene
 from w2r2_ds.utils.files.atomic_io import add_filename
 from w2r2_ds.utils.files.output_folder import PARTIAL, check_writable, fill, is_empty
-from w2r2_ds.utils.interrupts import ignore_interrupts
+from w2r2_ds.utils.interrupts import defer_interrupts
 
 VERSION = 2
 """Version of the content; increase it if the same options give other files."""
@@ -145,9 +145,9 @@ def _write_all(root: Path, options: Options, workers: int) -> dict[str, Any]:
         # the order of the scenes.
         context = get_context("spawn")
         with ProcessPoolExecutor(min(workers, len(scenes)), context) as pool:
-            with ignore_interrupts():
-                futures = [pool.submit(write_scene, root, options, split, index) for split, index in scenes]
             try:
+                with defer_interrupts():
+                    futures = [pool.submit(write_scene, root, options, split, index) for split, index in scenes]
                 results = [future.result() for future in futures]
             finally:  # after an error or Ctrl-C, do not start the calls that are still queued
                 pool.shutdown(wait=True, cancel_futures=True)
