@@ -28,10 +28,10 @@ from w2r2_ds.evaluation.predictions.record import record_of
 from w2r2_ds.evaluation.protocols.records import AnswerRecord
 from w2r2_ds.evaluation.resumable import PartialAnswers, Selection, record_line, unanswered, write_records
 from w2r2_ds.evaluation.scoring import (
-    NOT_SCORED,
     are_annotated,
     check_scorable,
     choose_protocols,
+    log_limits,
     read_boxes,
     score_records,
 )
@@ -128,7 +128,6 @@ def evaluate(
             return {}
         records = partial.merge([sample.id for sample in samples])
         write_records(out / f"predictions-{name}.jsonl", records)
-        notes = preparation_notes(whole, config.data.root)
         scores = {
             "task": sets[0].task,
             "geometry": geometry,
@@ -137,14 +136,10 @@ def evaluate(
             "samples": len(records),
             "of": len(whole),
             "max_new_tokens": max_new_tokens,
-            "notes": notes,
+            "notes": preparation_notes(whole, config.data.root),
             "protocols": score_records(records, protocol_names, boxes) if is_scored else {},
         }
-        for note in notes:
-            logger.warning("%s", note)
-        if not is_scored:
-            scores["not_scored"] = NOT_SCORED
-            logger.warning("%s: %s", out / f"predictions-{name}.jsonl", NOT_SCORED)
+        log_limits(scores, is_scored, out / f"predictions-{name}.jsonl")
         (out / f"scores-{name}.json").write_text(json.dumps(scores, indent=2) + "\n")
         # The saved answers are deleted last: if scoring fails, the same command finds all of them and only scores.
         partial.remove()

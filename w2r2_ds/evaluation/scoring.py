@@ -36,6 +36,21 @@ def are_annotated(records: Sequence[AnswerRecord]) -> bool:
     return not hidden
 
 
+def log_limits(scores: dict[str, Any], is_scored: bool, predictions: Path) -> None:
+    """Log the notes of a score file; add and log that a test split has no answers.
+
+    Args:
+        scores: content of the score file, with ``notes``; ``not_scored`` is added if nothing is scored.
+        is_scored: result of `are_annotated`.
+        predictions: file of the answers.
+    """
+    for note in scores["notes"]:
+        logger.warning("%s", note)
+    if not is_scored:
+        scores["not_scored"] = NOT_SCORED
+        logger.warning("%s: %s", predictions, NOT_SCORED)
+
+
 def choose_protocols(names: Sequence[str], records: Sequence[AnswerRecord], has_proposals: bool = False) -> list[str]:
     """Full names of the requested protocols, each once.
 

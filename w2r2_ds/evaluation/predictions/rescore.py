@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
 from pathlib import Path
@@ -29,10 +28,10 @@ from w2r2_ds.evaluation.predictions.record import record_of
 from w2r2_ds.evaluation.protocols.records import AnswerRecord, RecordFields
 from w2r2_ds.evaluation.protocols.registry import find_protocol, protocols_of
 from w2r2_ds.evaluation.scoring import (
-    NOT_SCORED,
     are_annotated,
     check_records,
     choose_protocols,
+    log_limits,
     read_boxes,
     score_records,
     task_of,
@@ -40,8 +39,6 @@ from w2r2_ds.evaluation.scoring import (
 from w2r2_ds.types.sample import Sample
 from w2r2_ds.utils.files.hashing import file_sha256
 from w2r2_ds.utils.files.output_folder import check_writable, make_folder
-
-logger = logging.getLogger(__name__)
 
 _Records = tuple[list[AnswerRecord], dict[str, int], list[PreparedSet]]
 """Records, counts of predictions (see `join`), and the data sets that they were joined with."""
@@ -87,7 +84,6 @@ def score_file(
     else:
         records, counts, sets = _joined_records(file, format_name, task, data, root)
     data_root = root or DataConfig().root
-    notes = [note for each in sets for note in preparation_notes(each, data_root)]
     is_scored = not records or are_annotated(records)  # without records, scoring raises the error
     scores = {
         "file": str(file),
@@ -98,14 +94,10 @@ def score_file(
         "samples": len(records),
         "missing": sum(record["text"] is None for record in records),
         **counts,
-        "notes": notes,
+        "notes": [note for each in sets for note in preparation_notes(each, data_root)],
         "protocols": score_records(records, protocols, boxes) if is_scored else {},
     }
-    for note in notes:
-        logger.warning("%s", note)
-    if not is_scored:
-        scores["not_scored"] = NOT_SCORED
-        logger.warning("%s: %s", file, NOT_SCORED)
+    log_limits(scores, is_scored, file)
     if out is not None:
         make_folder(out)
         name = file.stem.removeprefix("predictions-")
