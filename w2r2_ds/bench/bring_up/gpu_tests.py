@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 import tempfile
 import xml.etree.ElementTree as ElementTree
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import w2r2_ds
 from w2r2_ds.bench.bring_up.settings import Settings
+from w2r2_ds.bench.ranks import run_process
 from w2r2_ds.bench.report import BenchReport, Criterion
 
 MARK = "mark.gpu"
@@ -22,7 +22,7 @@ def run(settings: Settings) -> BenchReport:
 
     Raises:
         ValueError: this is an installed package, which has no tests.
-        RuntimeError: pytest could not run the tests.
+        RuntimeError: pytest could not run the tests, or was still running at the deadline.
     """
     folder = Path(w2r2_ds.__file__).resolve().parent.parent / "tests"
     if not folder.is_dir():
@@ -33,7 +33,7 @@ def run(settings: Settings) -> BenchReport:
     with tempfile.TemporaryDirectory() as temporary:
         result = Path(temporary) / "junit.xml"
         command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", f"--junitxml={result}"]
-        done = subprocess.run([*command, *files], cwd=folder.parent, capture_output=True, text=True)
+        done = run_process([*command, *files], settings.remaining(), cwd=folder.parent)
         if not result.is_file():
             raise RuntimeError(f"pytest: {(done.stderr or done.stdout)[-1000:]}")
         cases = list(ElementTree.parse(result).iter("testcase"))

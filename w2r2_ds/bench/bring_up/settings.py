@@ -61,9 +61,13 @@ class Settings:
             find_shapes(shape, frames)
         return cls(device, tuple(shapes), tuple(frames), tuple(questions), rounds, steps, time.perf_counter() + seconds)
 
+    def remaining(self) -> float:
+        """Seconds until the deadline; at least 0."""
+        return max(self.deadline - time.perf_counter(), 0.0)
+
     def expired(self) -> bool:
         """Whether the deadline has passed."""
-        return time.perf_counter() > self.deadline
+        return self.remaining() == 0
 
     def all_shapes(self) -> list[Shape]:
         """Every shape with the first number of frames."""

@@ -1,6 +1,6 @@
 """Training steps under ZeRO-3 with the shipped settings, `overlap_comm` off, or vision blocks that are no leaf modules.
 
-``python -m w2r2_ds.bench.bring_up.zero3 RESULT SHAPE ROUNDS`` is one rank.
+``python -m w2r2_ds.bench.bring_up.zero3 RESULT SHAPE FRAMES ROUNDS`` is one rank.
 """
 
 from __future__ import annotations
@@ -34,8 +34,9 @@ def run(settings: Settings) -> BenchReport:
     """Wall-clock seconds per step for every case; one rank per GPU of this machine, or one rank on a CPU."""
     cuda = settings.device.type == "cuda"
     ranks = torch.cuda.device_count() if cuda else 1
-    found = run_ranks(__name__, ranks, settings.shapes[0], settings.rounds)
-    title = f"seconds per step under ZeRO-3, {ranks} ranks, {settings.shapes[0]} with {LAYERS} layers"
+    shape, frames = settings.shapes[0], settings.frames[0]
+    found = run_ranks(__name__, ranks, shape, frames, settings.rounds, seconds=settings.remaining())
+    title = f"seconds per step under ZeRO-3, {ranks} ranks, {shape} with {LAYERS} layers, {frames} frames"
     report = BenchReport("zero3", title, [])
     spreads = {name: Spread(tuple(seconds)) for name, seconds in found.items()}
     for name, spread in spreads.items():
@@ -108,7 +109,7 @@ def synchronize() -> None:
     dist.barrier()
 
 
-def main(result: Path, shape_name: str, rounds: int) -> None:
+def main(result: Path, shape_name: str, frames: int, rounds: int) -> None:
     """Run one rank; rank 0 writes the seconds of every case."""
     import deepspeed
 
@@ -116,7 +117,8 @@ def main(result: Path, shape_name: str, rounds: int) -> None:
     deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", auto_mpi_discovery=False)
     if torch.cuda.is_available():
         torch.cuda.set_device(dist.get_rank())
-    shape = replace(find_shapes(shape_name)[0], layers=LAYERS, vision_depth=LAYERS, vision_full=(LAYERS - 1,))
+    (shape,) = find_shapes(shape_name, [frames])
+    shape = replace(shape, layers=LAYERS, vision_depth=LAYERS, vision_full=(LAYERS - 1,))
     engines = {case: Engine(shape, case) for case in CASES}
     for engine in engines.values():
         for _ in range(3):  # DeepSpeed records the order of modules first, and prefetches by it afterwards
@@ -131,4 +133,4 @@ def main(result: Path, shape_name: str, rounds: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))
+    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
