@@ -18,7 +18,7 @@ from w2r2_ds.config.schema import RunConfig
 from w2r2_ds.data.answer_tokens import token_tables
 from w2r2_ds.models.build import build_model
 from w2r2_ds.models.flops import tokens_and_pairs
-from w2r2_ds.models.qwen2_5_vl import last_layer
+from w2r2_ds.models.attention import selected_tokens
 from w2r2_ds.models.qwen2_5_vl.family import squares
 from w2r2_ds.objective.scorer import Scorer
 from w2r2_ds.training.step import W2R2Step
@@ -58,7 +58,7 @@ def test_model_flops_equal_pytorchs_flop_counter(
     Within 0.1 % (at most 0.04 % was measured). The rest: the mean number of keys per answer position in the last layer,
     the attention of a fusion, products of the loss.
     """
-    monkeypatch.setattr(last_layer, "ROW_MULTIPLE", 1)
+    monkeypatch.setattr(selected_tokens, "ROW_MULTIPLE", 1)
     step = make_step(replace(model_config, fusion=fusion, zero_geometry=zero), frontend, push)
     batch = batch_of(samples[1:2], visual=visual)
     # PyTorch counts addmm but not addmm_, which adds the LoRA update.

@@ -20,6 +20,7 @@ from w2r2_ds.bench.model import Subject, bench_optimizer, build, shape_descripti
 from w2r2_ds.bench.report import BenchReport, Criterion
 from w2r2_ds.bench.shapes import Shape, find_shapes
 from w2r2_ds.kernels.select import resolve_dtype
+from w2r2_ds.models.layer_inputs import OnInput
 from w2r2_ds.training.step import W2R2Step
 from w2r2_ds.training.throughput import matrix_rate
 from w2r2_ds.types.batch import Batch
@@ -110,7 +111,11 @@ def single_pass(subject: Subject, batch: Batch, visual: VisionOutput, geometry: 
         shortcut_states = model.answer_hidden_states(batch, step.fuse_shortcut(visual, [geometry]))
 
     def two_pass(
-        batch: Batch, shortcut: VisionOutput, fused: VisionOutput, include_description: bool
+        batch: Batch,
+        shortcut: VisionOutput,
+        fused: VisionOutput,
+        include_description: bool,
+        on_shortcut_input: OnInput | None = None,
     ) -> tuple[Tensor, Tensor]:
         return shortcut_states, model.answer_hidden_states(batch, fused, include_description)
 

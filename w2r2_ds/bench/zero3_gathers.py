@@ -26,6 +26,7 @@ from w2r2_ds.bench.ranks import run_ranks
 from w2r2_ds.bench.report import BenchReport, Criterion
 from w2r2_ds.bench.shapes import Shape, find_shapes
 from w2r2_ds.config.schema import ObjectiveConfig, RunConfig, TrainConfig
+from w2r2_ds.models.layer_inputs import OnInput
 from w2r2_ds.models.w2r2 import W2R2
 from w2r2_ds.training.deepspeed.config import resolve_ds_config
 from w2r2_ds.types.batch import Batch
@@ -111,7 +112,12 @@ def count_gathers(language_model: nn.Module) -> Iterator[GatherCounts]:
 
 
 def fused_pass_only(
-    model: W2R2, batch: Batch, shortcut: VisionOutput, fused: VisionOutput, include_description: bool
+    model: W2R2,
+    batch: Batch,
+    shortcut: VisionOutput,
+    fused: VisionOutput,
+    include_description: bool,
+    on_shortcut_input: OnInput | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Pass order that runs the fused pass only and returns its states also as those of the shortcut, detached."""
     states = model.answer_hidden_states(batch, fused, include_description)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling as VisionOutput
 
+from w2r2_ds.models.attention.selected_tokens import SelectedTokens
 from w2r2_ds.models.flops import Work, attention, products
 from w2r2_ds.models.frame_pixels import even_crop
 from w2r2_ds.models.patch_embedding import use_matrix_products
@@ -217,6 +218,31 @@ class VlmFamily(ABC):
         them itself.
         """
         return hidden
+
+    def row_attention(
+        self, layer: nn.Module, selected: SelectedTokens, hidden: Tensor, arguments: Mapping[str, Any]
+    ) -> Tensor:
+        """Attention weights of selected tokens in a decoder layer, as the layer itself computes them.
+
+        Used by `objective.shortcut_decode: anchor` and by the diagnosis of attention; a family without it does all
+        else.
+
+        Args:
+            layer: a decoder layer.
+            selected: tokens whose weights are computed, and their mask.
+            hidden: ``[sequences, length, hidden]``, the layer's input.
+            arguments: keyword arguments of the layer's forward, with the rotary positions.
+
+        Returns:
+            ``[heads, selected, sequences * length]`` float32, without gradient.
+
+        Raises:
+            ValueError: the family does not define it.
+        """
+        raise ValueError(
+            f"The VLM family {self.model_type} defines no `row_attention`; without it, attention cannot be diagnosed, "
+            "and objective.shortcut_decode cannot be anchor."
+        )
 
     @abstractmethod
     def use_packed_attention(self, vlm: PreTrainedModel) -> None:

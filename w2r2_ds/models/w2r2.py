@@ -18,6 +18,7 @@ from w2r2_ds.models.family import VlmFamily, find_family
 from w2r2_ds.models.frame_pixels import unit_range
 from w2r2_ds.models.fusion import Fusion
 from w2r2_ds.models.geometry_encoder import GeometryEncoder
+from w2r2_ds.models.layer_inputs import OnInput, on_layer_inputs
 from w2r2_ds.models.merger import GeometryMerger, pair_frames
 from w2r2_ds.models.resampling import resample_to_patches
 from w2r2_ds.types.batch import Batch, Visuals
@@ -191,10 +192,17 @@ class W2R2(nn.Module):
         kernels = backend_of(self.kernels, "dual_stream_embed")
         return dual_stream_embed(embeddings, batch.visual_tokens, *operands, kernels)
 
-    def answer_hidden_states(self, batch: Batch, visual: VisionOutput, include_description: bool = False) -> Tensor:
-        """Last hidden states ``[answer tokens, hidden]`` of one pass, see `run_decoder`."""
+    def answer_hidden_states(
+        self, batch: Batch, visual: VisionOutput, include_description: bool = False, on_input: OnInput | None = None
+    ) -> Tensor:
+        """Last hidden states ``[answer tokens, hidden]`` of one pass, see `run_decoder`.
+
+        `on_input` is called with the input of every decoder layer; None for no call.
+        """
         inputs = insert_visual_tokens(batch, embed_tokens(self.base, batch), visual)
-        return self.run_decoder(batch, inputs, visual, include_description, nullcontext())
+        layers = self.family.language_model(self.base).layers
+        context = nullcontext() if on_input is None else on_layer_inputs(layers, on_input)
+        return self.run_decoder(batch, inputs, visual, include_description, context)
 
     def run_decoder(
         self,

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from w2r2_ds.models.layer_inputs import OnInput
 from w2r2_ds.models.w2r2 import W2R2
 from w2r2_ds.types.batch import Batch
 from w2r2_ds.utils.forward_override import override_forward
@@ -32,7 +33,12 @@ class PassOrder(Protocol):
     """Runs both passes of the language model."""
 
     def __call__(
-        self, batch: Batch, shortcut: VisionOutput, fused: VisionOutput, include_description: bool
+        self,
+        batch: Batch,
+        shortcut: VisionOutput,
+        fused: VisionOutput,
+        include_description: bool,
+        on_shortcut_input: OnInput | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Last hidden states of both passes, (shortcut, fused), ``[answer tokens, hidden]`` each.
 
@@ -41,6 +47,7 @@ class PassOrder(Protocol):
             shortcut: visual tokens of the shortcut pass.
             fused: visual tokens of the fused pass.
             include_description: append the states of the description's tokens.
+            on_shortcut_input: called with the input of every decoder layer in the shortcut pass; None for no call.
         """
         ...
 
@@ -79,12 +86,17 @@ class SequentialPasses:
         self.model, self.shortcut_no_grad, self.dropouts = model, shortcut_no_grad, dropouts_of(model)
 
     def __call__(
-        self, batch: Batch, shortcut: VisionOutput, fused: VisionOutput, include_description: bool
+        self,
+        batch: Batch,
+        shortcut: VisionOutput,
+        fused: VisionOutput,
+        include_description: bool,
+        on_shortcut_input: OnInput | None = None,
     ) -> tuple[Tensor, Tensor]:
         # No dropout in the shortcut, because its answer is measured. So it draws no random numbers either, and the
         # fused pass has the same dropout masks in both orders.
         with torch.no_grad() if self.shortcut_no_grad else nullcontext(), without_dropout(self.dropouts):
-            shortcut_states = self.model.answer_hidden_states(batch, shortcut, include_description)
+            shortcut_states = self.model.answer_hidden_states(batch, shortcut, include_description, on_shortcut_input)
         return shortcut_states, self.model.answer_hidden_states(batch, fused, include_description)
 
 
@@ -105,18 +117,24 @@ class LockstepPasses:
         self.layers_and_norm = [(module, dropouts_of(module)) for module in (*text.layers, text.norm)]
 
     def __call__(
-        self, batch: Batch, shortcut: VisionOutput, fused: VisionOutput, include_description: bool
+        self,
+        batch: Batch,
+        shortcut: VisionOutput,
+        fused: VisionOutput,
+        include_description: bool,
+        on_shortcut_input: OnInput | None = None,
     ) -> tuple[Tensor, Tensor]:
         shortcut_inputs, fused_inputs = self.model.input_streams(batch, shortcut, fused)
         state = [shortcut_inputs]  # a list, so that the overridden forwards can replace the tensor in it
         # The language model's own loop runs the fused pass; the context manager adds the shortcut to each layer.
-        fused_states = self.model.run_decoder(
-            batch, fused_inputs, fused, include_description, self.advance_shortcut(state, batch, shortcut)
-        )
+        advance = self.advance_shortcut(state, batch, shortcut, on_shortcut_input)
+        fused_states = self.model.run_decoder(batch, fused_inputs, fused, include_description, advance)
         return state[0], fused_states
 
     @contextmanager
-    def advance_shortcut(self, state: list[Tensor], batch: Batch, shortcut: VisionOutput) -> Iterator[None]:
+    def advance_shortcut(
+        self, state: list[Tensor], batch: Batch, shortcut: VisionOutput, on_input: OnInput | None
+    ) -> Iterator[None]:
         """Override the forward of every decoder layer and of the final norm: run the shortcut's hidden state first.
 
         Args:
@@ -124,17 +142,20 @@ class LockstepPasses:
                 by its output. The last decoder layer returns the answer tokens only.
             batch: positions of visual tokens.
             shortcut: visual tokens of the shortcut pass.
+            on_input: called with the shortcut's input of every decoder layer; None for no call.
         """
         family = self.model.family
 
-        def override(index: int, dropouts: Sequence[nn.Dropout]) -> Callable[..., Any]:
+        def override(index: int, module: nn.Module, dropouts: Sequence[nn.Dropout]) -> Callable[..., Any]:
             def forward(inner: Callable[..., Any], hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
                 # Shortcut first, as in the sequential order. Under no_grad `inner` skips activation checkpointing, and
                 # only one hidden state of the shortcut is alive at a time.
+                is_norm = index == len(self.layers_and_norm) - 1
                 with torch.no_grad(), without_dropout(dropouts):
+                    if on_input is not None and not is_norm:
+                        on_input(index, module, state[0], kwargs)
                     advanced = inner(state[0], *args, **kwargs)
                     # DeepStack families add visual features after some layers; the final norm is not a layer.
-                    is_norm = index == len(self.layers_and_norm) - 1
                     state[0] = advanced if is_norm else family.add_layer_features(advanced, index, batch, shortcut)
                 # `inner` includes activation checkpointing, but not ZeRO-3's hooks: those belong to the module's
                 # __call__. They run around both `inner` calls, so one gather serves both passes. Only the fused pass
@@ -145,7 +166,7 @@ class LockstepPasses:
 
         with ExitStack() as stack:
             for index, (module, dropouts) in enumerate(self.layers_and_norm):
-                stack.enter_context(override_forward(module, override(index, dropouts)))
+                stack.enter_context(override_forward(module, override(index, module, dropouts)))
             yield
 
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from w2r2_ds.models.lora import add_lora
-from w2r2_ds.models.qwen2_5_vl.last_layer import SelectedTokens, compute_only
+from w2r2_ds.models.attention.selected_tokens import SelectedTokens
+from w2r2_ds.models.qwen2_5_vl.last_layer import compute_only
 from w2r2_ds.types.batch import Layout
 
 GROUPS = ([0, 0, 0, 0, 0, 1, 1, 1, 1, -1], [0, 0, 0, 0, 0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0, 0, -1, -1, -1])

@@ -14,8 +14,10 @@ from w2r2_ds.models.attention.packed import attention_inputs, use_packed_attenti
 from w2r2_ds.models.attention.vision import use_varlen_attention
 from w2r2_ds.models.family import VlmFamily, cut_at_end, register_family
 from w2r2_ds.models.flops import attention, products
-from w2r2_ds.models.qwen2_5_vl.last_layer import SelectedTokens, compute_only
+from w2r2_ds.models.attention.selected_tokens import SelectedTokens
+from w2r2_ds.models.qwen2_5_vl.last_layer import compute_only
 from w2r2_ds.models.qwen2_5_vl.pixels import patchify
+from w2r2_ds.models.qwen2_5_vl.row_attention import row_attention
 from w2r2_ds.models.qwen2_5_vl.vision_inputs import WindowInputs
 from w2r2_ds.types.batch import Batch, Prompts, Visuals
 from w2r2_ds.types.vision import VisionSpec
@@ -143,6 +145,11 @@ class Qwen25VL(VlmFamily):
                 **attention_inputs(vlm, batch.layout),
             ).last_hidden_state
         return states
+
+    def row_attention(
+        self, layer: nn.Module, selected: SelectedTokens, hidden: Tensor, arguments: Mapping[str, Any]
+    ) -> Tensor:
+        return row_attention(layer, selected, hidden, arguments["position_embeddings"])
 
     def use_packed_attention(self, vlm: PreTrainedModel) -> None:
         use_packed_attention(vlm)

@@ -7,54 +7,14 @@ layer needs the other outputs, so the result is exact. It saves most of one laye
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import repeat_kv, rotate_half
 
-from w2r2_ds.types.batch import Layout
+from w2r2_ds.models.attention.selected_tokens import SelectedTokens
 from w2r2_ds.utils.forward_override import override_forward
-
-ROW_MULTIPLE = 32
-"""The queries of the attention are padded with zeros to a multiple of this number.
-
-Every micro-batch selects another number of tokens, usually 30 to 100 per sample. Together with
-`data.loader.LENGTH_MULTIPLE`, rounding leaves few shapes of the attention, whose memory PyTorch's caching allocator
-reuses. It costs 16 queries of attention on average; the linear layers have no more rows.
-"""
-
-
-@dataclass(frozen=True)
-class SelectedTokens:
-    """Selected tokens of a batch, such as its answer tokens, and their attention mask.
-
-    Attributes:
-        index: ``[selected]`` int64 index into the flattened tokens, sequence * length + position.
-        mask: ``[1, 1, rows, sequences * length]`` bool; True where a selected token attends to a token. The number of
-            rows is that of selected tokens, rounded up to a multiple of `ROW_MULTIPLE`; further rows are True.
-    """
-
-    index: Tensor
-    mask: Tensor
-
-    @classmethod
-    def of(cls, layout: Layout, sequence: Tensor, position: Tensor) -> SelectedTokens:
-        """Select tokens by their ``[selected]`` int64 `sequence` and `position` in sequences of this layout."""
-        sequences, length = layout.group.shape
-        index = sequence * length + position
-        # The mask covers the tokens of all sequences, although a token attends only to its own one. Gathering the keys
-        # per sequence would need sizes on the host, which waits for the device; and few tokens are selected.
-        token = torch.arange(sequences * length, device=index.device)
-        group, suffix = layout.group.flatten(), layout.suffix.flatten()
-        # The rule of `Layout`: same sequence and group, in the prefix or in the own suffix, and not a later token.
-        same_group = (token // length == sequence[:, None]) & (group == group[index][:, None])
-        shared = (suffix == 0) | (suffix == suffix[index][:, None])
-        mask = same_group & shared & (token <= index[:, None])
-        # True, because the softmax of a row without keys is NaN.
-        return cls(index, pad(mask, (0, 0, 0, -len(index) % ROW_MULTIPLE), value=True)[None, None])
 
 
 def compute_only(layer: Any, selected: SelectedTokens) -> AbstractContextManager[None]:
@@ -94,24 +54,38 @@ def forward_selected(
     """
     attention, index = layer.self_attn, selected.index
     tokens = hidden.flatten(0, 1)
-    cos, sin = (table.flatten(0, 1) for table in position_embeddings)
     normed = layer.input_layernorm(tokens)  # of all tokens: keys and values need it
-    query, key, value = (
-        # [tokens, heads * head size] -> [heads, tokens, head size]
-        states.unflatten(-1, (-1, attention.head_dim)).transpose(0, 1)
-        for states in (
-            attention.q_proj(normed.index_select(0, index)),
-            attention.k_proj(normed),
-            attention.v_proj(normed),
-        )
-    )
-    query = rotated(query, cos.index_select(0, index), sin.index_select(0, index))[None]
-    key, value = (repeat_kv(one[None], attention.num_key_value_groups) for one in (rotated(key, cos, sin), value))
+    query, key = queries_and_keys(layer, selected, normed, position_embeddings)
+    value = split_heads(attention.v_proj(normed), attention.head_dim)
+    query, (key, value) = query[None], (repeat_kv(one[None], attention.num_key_value_groups) for one in (key, value))
     query = pad(query, (0, 0, 0, selected.mask.shape[2] - len(index)))
     attended = scaled_dot_product_attention(query, key, value, attn_mask=selected.mask, scale=attention.scaling)
     # The rest of the layer is token-wise: residual, output projection and MLP of the selected tokens only.
     states = tokens.index_select(0, index) + attention.o_proj(attended[0, :, : len(index)].transpose(0, 1).flatten(1))
     return states + layer.mlp(layer.post_attention_layernorm(states))  # type: ignore[no-any-return]
+
+
+def queries_and_keys(
+    layer: Any, selected: SelectedTokens, normed: Tensor, position_embeddings: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Rotated queries ``[heads, selected, head size]`` and keys ``[key heads, tokens, head size]`` of a layer.
+
+    Args:
+        layer: the decoder layer.
+        selected: tokens whose queries are computed.
+        normed: ``[tokens, hidden]``, output of the layer's first norm for the tokens of all sequences.
+        position_embeddings: as in `forward_selected`.
+    """
+    attention, index = layer.self_attn, selected.index
+    cos, sin = (table.flatten(0, 1) for table in position_embeddings)
+    query = split_heads(attention.q_proj(normed.index_select(0, index)), attention.head_dim)
+    key = split_heads(attention.k_proj(normed), attention.head_dim)
+    return rotated(query, cos.index_select(0, index), sin.index_select(0, index)), rotated(key, cos, sin)
+
+
+def split_heads(states: Tensor, head_size: int) -> Tensor:
+    """``[tokens, heads * head size]`` -> ``[heads, tokens, head size]``."""
+    return states.unflatten(-1, (-1, head_size)).transpose(0, 1)
 
 
 def rotated(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
