@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from w2r2_ds.data.loader import LENGTH_MULTIPLE, make_collate, make_processor
 from w2r2_ds.evaluation.generate import generate_tokens
 from w2r2_ds.models.attention import packed as packed_module
-from w2r2_ds.models.build import trainable
 from w2r2_ds.models.attention.selected_tokens import ROW_MULTIPLE
+from w2r2_ds.models.build import trainable
 from w2r2_ds.training.activation_checkpointing import recompute
 from w2r2_ds.training.step import W2R2Step
 

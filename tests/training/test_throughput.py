@@ -16,9 +16,9 @@ from host_sync import host_reads
 from objectives import objective_config, push_term
 from w2r2_ds.config.schema import RunConfig
 from w2r2_ds.data.answer_tokens import token_tables
+from w2r2_ds.models.attention import selected_tokens
 from w2r2_ds.models.build import build_model
 from w2r2_ds.models.flops import tokens_and_pairs
-from w2r2_ds.models.attention import selected_tokens
 from w2r2_ds.models.qwen2_5_vl.family import squares
 from w2r2_ds.objective.scorer import Scorer
 from w2r2_ds.training.step import W2R2Step

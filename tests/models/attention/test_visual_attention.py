@@ -137,9 +137,7 @@ def test_layers_without_known_weights_are_an_error(
     layers = model.family.language_model(model.base).layers
     layers[0].self_attn.sliding_window = 4
     with pytest.raises(ValueError, match="use_sliding_window"):
-        model.answer_hidden_states(
-            batch, model.encode_2d(batch.visuals), on_input=VisualAttention(model.family, batch)
-        )
+        model.answer_hidden_states(batch, model.encode_2d(batch.visuals), on_input=VisualAttention(model.family, batch))
     assert not any("forward" in vars(layer) for layer in layers), "the forwards are restored after an error"
     stock: Any = super(type(find_family("qwen2_5_vl")), model.family)
     with pytest.raises(ValueError, match="row_attention"):

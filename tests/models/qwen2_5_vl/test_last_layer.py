@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from w2r2_ds.models.lora import add_lora
 from w2r2_ds.models.attention.selected_tokens import SelectedTokens
+from w2r2_ds.models.lora import add_lora
 from w2r2_ds.models.qwen2_5_vl.last_layer import compute_only
 from w2r2_ds.types.batch import Layout
 

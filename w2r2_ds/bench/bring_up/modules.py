@@ -22,8 +22,8 @@ from w2r2_ds.bench.model import Subject, build, shape_description
 from w2r2_ds.bench.report import BenchReport
 from w2r2_ds.bench.shapes import Shape
 from w2r2_ds.kernels.select import resolve_dtype
-from w2r2_ds.models.flops import Work, attention, products
 from w2r2_ds.models.attention.selected_tokens import SelectedTokens
+from w2r2_ds.models.flops import Work, attention, products
 from w2r2_ds.models.qwen2_5_vl.last_layer import compute_only
 from w2r2_ds.models.w2r2 import answer_indices
 from w2r2_ds.training.throughput import matrix_rate

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling as VisionOutput
 
 from w2r2_ds.models.attention.packed import attention_inputs, use_packed_attention
+from w2r2_ds.models.attention.selected_tokens import SelectedTokens
 from w2r2_ds.models.attention.vision import use_varlen_attention
 from w2r2_ds.models.family import VlmFamily, cut_at_end, register_family
 from w2r2_ds.models.flops import attention, products
-from w2r2_ds.models.attention.selected_tokens import SelectedTokens
 from w2r2_ds.models.qwen2_5_vl.last_layer import compute_only
 from w2r2_ds.models.qwen2_5_vl.pixels import patchify
 from w2r2_ds.models.qwen2_5_vl.row_attention import row_attention
