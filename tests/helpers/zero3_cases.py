@@ -113,10 +113,12 @@ def fixed_similarity(scale: dict[str, float]) -> Iterator[None]:
 
 
 def batches_of(case: Case, rank: int, samples: dict[str, Any], frontend: Any, config: Any) -> list[Any]:
-    """The micro-batches of a rank."""
+    """The micro-batches of a rank. Anchors need the file of `anchor_batches.write_intrinsic`."""
+    from anchor_batches import TYPICAL
     from w2r2_ds.data.loader import make_collate, make_processor
 
-    collate = make_collate(frontend, config.data, with_prompts=True)
+    typical = TYPICAL if config.objective.shortcut_decode == "anchor" else None
+    collate = make_collate(frontend, config.data, with_prompts=True, typical=typical)
     processor = make_processor(frontend, config.data)
     return [collate([processor(samples[name], True) for name in names]) for names in case.ranks[rank]]
 
@@ -174,7 +176,7 @@ def expectations(
     for start in range(0, len(cases), ranks):
         own, found = cases[start : start + ranks], None
         for index, case in enumerate(own):
-            if index != dist.get_rank() and "shortcut_decode" not in case.objective:
+            if index != dist.get_rank() and case.objective.get("shortcut_decode") != "greedy":
                 continue
             config = step_config(case, model_config)
             with similarity_of(case, scale):

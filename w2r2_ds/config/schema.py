@@ -189,8 +189,10 @@ class ObjectiveConfig:
         mu: similarity threshold above which the shortcut counts as having solved the sample.
         visual_mask_ratio: fraction of the 2D tokens that is masked in the fused pass in training, a baseline; 0 masks
             none.
-        shortcut_decode: greedy decodes the shortcut's answer, the definition of s; teacher is the teacher-forced
-            approximation, at no cost.
+        shortcut_decode: answer of the shortcut from which s is computed. greedy decodes it, the definition of s;
+            teacher is the teacher-forced approximation, at no cost; anchor is a box of typical depth and size at the
+            pixel to which the shortcut's digits attend most, needs the scenes' intrinsics, and scores captions and
+            short answers as teacher does.
         decode_gap_every: optimizer steps between measurements of the decode gap, the difference between greedy and
             teacher-forced s; 0 never measures.
         decode_gap_samples: number of training samples on which the decode gap is measured, always the same ones.
@@ -204,7 +206,7 @@ class ObjectiveConfig:
     lambda_det: NonNegativeFloat = 1.5
     mu: Fraction = 0.7
     visual_mask_ratio: Fraction = 0.0
-    shortcut_decode: Literal["teacher", "greedy"] = "teacher"
+    shortcut_decode: Literal["teacher", "greedy", "anchor"] = "teacher"
     decode_gap_every: NonNegativeInt = 0
     decode_gap_samples: PositiveInt = 32
     caption_similarity: Literal["rouge_l", "token_f1"] = "rouge_l"

@@ -13,6 +13,7 @@ from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 from w2r2_ds.data.answer_labels import collate_answer_positions, collate_description_positions
+from w2r2_ds.data.frames.anchor_inputs import AnchorCollator
 from w2r2_ds.data.packing import (
     Group,
     Grouping,
@@ -58,6 +59,7 @@ class Collator:
         grouping: partition of the samples into groups with a common prefix, for one packed sequence; None for padded
             sequences.
         pad_to_multiple_of: the length of training sequences is rounded up to a multiple of it.
+        anchors: makes `Batch.anchors`; None for batches without.
     """
 
     def __init__(
@@ -71,11 +73,12 @@ class Collator:
         with_prompts: bool = False,
         grouping: Grouping | None = None,
         pad_to_multiple_of: int = 1,
+        anchors: AnchorCollator | None = None,
     ) -> None:
         assert grouping is None or position_ids is not None, "prompts for generation are not packed"
         self.pad_id, self.kind, self.position_ids, self.with_prompts = pad_id, kind, position_ids, with_prompts
         self.vision, self.family, self.grouping = vision, family, grouping
-        self.pad_to_multiple_of = pad_to_multiple_of
+        self.pad_to_multiple_of, self.anchors = pad_to_multiple_of, anchors
         self.dummy = dummy_visuals(kind, vision, geometry, family)
 
     def __call__(self, features: Sequence[Features]) -> Batch:
@@ -97,6 +100,8 @@ class Collator:
             tokens, layout = self._packed(groups, features, layout)
         sets = _frame_sets(groups, features)
         samples = [f.sample for f in features]
+        # The samples whose frames are the frame sets, in the order of the visual tokens.
+        with_frames = [s for s in (samples[group.members[0]] for group in groups) if s.frames]
         return Batch(
             ids=tuple(sample.id for sample in samples),
             tasks=tuple(sample.task for sample in samples),
@@ -118,6 +123,7 @@ class Collator:
             kinds=tuple(sample.kind for sample in samples),
             answers=tuple(sample.answer for sample in samples),
             prompts=self._prompts(features, sets) if self.with_prompts else None,
+            anchors=None if self.anchors is None else self.anchors(samples, with_frames),
         )
 
     def _padded(self, features: Sequence[Features], left: bool, multiple: int = 1) -> Tokens:

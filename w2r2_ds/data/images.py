@@ -229,6 +229,21 @@ def scaled_size(size: tuple[int, int], target: int, patch: int, mode: str = "cro
     return scaled
 
 
+def scaled_offset(
+    size: tuple[int, int], stacked: tuple[int, int], target: int, patch: int, mode: str = "crop"
+) -> tuple[int, int]:
+    """``(left, top)`` of a scaled frame in the result of `resize_frames`, in pixels; negative where it is cropped.
+
+    Args:
+        size: ``(width, height)`` of the frame in pixels.
+        stacked: ``(width, height)`` of the result, from `fitted_size`.
+        target, patch, mode: see `resize_frames`.
+    """
+    width, height = scaled_size(size, target, patch, mode)
+    top = (stacked[1] - min(height, target)) // 2 - max(0, height - target) // 2  # padding minus crop
+    return (stacked[0] - width) // 2, top
+
+
 def fitted_size(sizes: Sequence[tuple[int, int]], target: int, patch: int, mode: str = "crop") -> tuple[int, int]:
     """``(width, height)`` in pixels of the result of `resize_frames`.
 

@@ -10,11 +10,14 @@ import torch
 from w2r2_ds.config.schema import DataConfig
 from w2r2_ds.data.collate import Collator, PositionIds
 from w2r2_ds.data.dataset import SampleDataset
+from w2r2_ds.data.frames.anchor_inputs import AnchorCollator
+from w2r2_ds.data.frames.typical_box import TypicalBox
 from w2r2_ds.data.packing import Grouping, groups_by_frames, separate_groups
 from w2r2_ds.data.processor import Features, Processor
 from w2r2_ds.data.reraising_loader import ReraisingDataLoader, ignore_stop_signals
 from w2r2_ds.data.sampler import GlobalBatchSampler
 from w2r2_ds.data.shared_memory import FeatureSizes, batch_bytes
+from w2r2_ds.data.visual_inputs import VisualPreprocessor
 from w2r2_ds.models.build import VlmFrontend
 from w2r2_ds.types.batch import Batch
 from w2r2_ds.types.sample import Sample
@@ -58,6 +61,7 @@ def make_collate(
     with_prompts: bool = False,
     with_answer: bool = True,
     pad_to_multiple_of: int = 1,
+    typical: TypicalBox | None = None,
 ) -> Collator:
     """The `Collator` of a VLM for a data configuration.
 
@@ -67,7 +71,9 @@ def make_collate(
         with_prompts: also make `Batch.prompts`, to decode answers during training.
         with_answer: True for samples with answers (training), False for left-padded prompts (generation).
         pad_to_multiple_of: see `Collator`.
+        typical: typical box of the training set, to make `Batch.anchors`; None for batches without.
     """
+    preprocessor = VisualPreprocessor(frontend.family, frontend.vision, frontend.geometry, config)
     return Collator(
         pad_id=frontend.tokenizer.pad_token_id,
         kind=visual_kind(config),
@@ -78,6 +84,7 @@ def make_collate(
         with_prompts=with_prompts,
         grouping=choose_grouping(config) if with_answer else None,
         pad_to_multiple_of=pad_to_multiple_of,
+        anchors=None if typical is None else AnchorCollator(preprocessor, typical),
     )
 
 
@@ -100,6 +107,7 @@ def train_loader(
     config: DataConfig,
     sampler: GlobalBatchSampler,
     with_prompts: bool = False,
+    typical: TypicalBox | None = None,
 ) -> ReraisingDataLoader[Batch]:
     """Loader of this rank's training micro-batches.
 
@@ -109,11 +117,12 @@ def train_loader(
         config: data configuration.
         sampler: this rank's micro-batches of sample indices.
         with_prompts: also make `Batch.prompts`, to decode answers during training.
+        typical: typical box of the training set, to make `Batch.anchors`; None for batches without.
     """
     return ReraisingDataLoader(
         SampleDataset(samples, make_processor(frontend, config), with_answer=True),
         batch_sampler=sampler,
-        collate_fn=make_collate(frontend, config, with_prompts, pad_to_multiple_of=LENGTH_MULTIPLE),
+        collate_fn=make_collate(frontend, config, with_prompts, pad_to_multiple_of=LENGTH_MULTIPLE, typical=typical),
         num_workers=config.workers,
         worker_init_fn=ignore_stop_signals,
         prefetch=config.prefetch,

@@ -239,10 +239,7 @@ class VlmFamily(ABC):
         Raises:
             ValueError: the family does not define it.
         """
-        raise ValueError(
-            f"The VLM family {self.model_type} defines no `row_attention`; without it, attention cannot be diagnosed, "
-            "and objective.shortcut_decode cannot be anchor."
-        )
+        raise ValueError(_no_row_attention(self))
 
     @abstractmethod
     def use_packed_attention(self, vlm: PreTrainedModel) -> None:
@@ -321,6 +318,19 @@ class VlmFamily(ABC):
                 linear = linear + products(module, selected)
             scores = scores + attention(channels, selected_pairs)
         return linear, scores
+
+
+def require_row_attention(family: VlmFamily) -> None:
+    """Raise ValueError unless the family defines `row_attention`."""
+    if type(family).row_attention is VlmFamily.row_attention:
+        raise ValueError(_no_row_attention(family))
+
+
+def _no_row_attention(family: VlmFamily) -> str:
+    return (
+        f"The VLM family {family.model_type} defines no `row_attention`; without it, attention cannot be diagnosed, "
+        "and objective.shortcut_decode cannot be anchor."
+    )
 
 
 def cut_at_end(tokens: Sequence[int], end_tokens: Collection[int]) -> list[int]:

@@ -59,7 +59,8 @@ class ShortcutOutputs:
         prediction: ``[answer tokens]`` int64, most likely token.
         label_log_p: ``[answer tokens]`` float32, log-likelihood of the label.
         prediction_log_p: ``[answer tokens]`` float32, log-likelihood of the most likely token.
-        score: score of the answer from which the hinge is computed: decoded greedily, or teacher-forced.
+        score: score of the answer from which the hinge is computed (`objective.shortcut_decode`): teacher-forced,
+            decoded greedily, or the box at the attention anchor.
         teacher_forced: score of the teacher-forced answer, for comparison with the fused pass.
         log_p: ``[answer tokens, vocabulary]`` float32, if the push term needs the whole distribution.
         states: see `PassOutputs`.
@@ -77,7 +78,12 @@ class ShortcutOutputs:
 
 
 def score_shortcut(
-    outputs: PassOutputs, batch: Batch, push_term: PushTerm, scorer: Scorer, answers: list[str] | None = None
+    outputs: PassOutputs,
+    batch: Batch,
+    push_term: PushTerm,
+    scorer: Scorer,
+    answers: list[str] | None = None,
+    attention: Tensor | None = None,
 ) -> ShortcutOutputs:
     """Score the shortcut's answers, and keep those of its outputs that the objective uses.
 
@@ -86,21 +92,28 @@ def score_shortcut(
         batch: labels.
         push_term: determines which outputs are kept.
         scorer: similarity of answers to labels.
-        answers: greedily decoded answer of every sample; None to use the teacher-forced predictions.
+        answers: greedily decoded answer of every sample; None without decoding.
+        attention: ``[batch, visual tokens]`` attention of the *where* tokens in the shortcut pass, if the answer is the
+            box at the attention anchor; else None. Without either, the teacher-forced predictions are the answer.
     """
+    assert answers is None or attention is None, "one answer"
     logits, states = outputs.logits, outputs.states
     if push_term.stop_gradient:
         logits, states = logits.detach(), None if states is None else states.detach()
     log_p = torch.log_softmax(logits.float(), dim=-1)
     prediction = logits.argmax(-1)
-    teacher_forced = scorer.teacher_forced(prediction, batch)
+    score = teacher_forced = scorer.teacher_forced(prediction, batch)
+    if answers is not None:
+        score = scorer.decoded(answers, batch)
+    elif attention is not None:
+        score = scorer.anchored(attention, prediction, batch)
     # Two numbers per token are enough for most push terms: the distribution, ``[answer tokens, vocabulary]``, is freed
     # unless the term needs it.
     return ShortcutOutputs(
         prediction=prediction,
         label_log_p=token_log_p(log_p, batch.answer_positions.label),
         prediction_log_p=token_log_p(log_p, prediction),
-        score=teacher_forced if answers is None else scorer.decoded(answers, batch),
+        score=score,
         teacher_forced=teacher_forced,
         log_p=log_p if push_term.needs_distribution else None,
         states=states,

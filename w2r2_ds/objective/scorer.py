@@ -11,6 +11,7 @@ from torch import Tensor
 
 from w2r2_ds.config.schema import ObjectiveConfig
 from w2r2_ds.data.answer_tokens import TokenTables
+from w2r2_ds.objective.anchor import anchor_similarity
 from w2r2_ds.objective.similarity import (
     decoded_grounding_similarity,
     grounding_similarity,
@@ -37,7 +38,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Scorer:
-    """Computes s of teacher-forced predictions or of decoded answers.
+    """Computes s of teacher-forced predictions, of decoded answers, or of attention anchors.
 
     Attributes:
         tables: digit and sign of every token of the vocabulary, on the model's device.
@@ -65,6 +66,18 @@ class Scorer:
         s, valid = decoded_grounding_similarity(answers, batch)
         device = batch.input_ids.device
         return self._add_text_similarity(s.to(device), valid.to(device), answers, batch)
+
+    def anchored(self, attention: Tensor, predicted: Tensor, batch: Batch) -> Score:
+        """Score of the boxes at the attention anchors; captions and short answers are scored as teacher-forced.
+
+        Args:
+            attention: ``[batch, visual tokens]``, see `find_anchors`.
+            predicted: ``[answer tokens]`` int64 teacher-forced predictions, for the texts.
+            batch: labels and inputs of the anchors.
+        """
+        s, valid = anchor_similarity(attention, batch)
+        texts = predicted_texts(predicted, batch, self._decode, self.end_tokens)
+        return self._add_text_similarity(s, valid, texts, batch)
 
     def _add_text_similarity(self, s: Tensor, valid: Tensor, texts: Sequence[str], batch: Batch) -> Score:
         """Complete the boxes' score by that of captions and short answers."""

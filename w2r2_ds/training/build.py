@@ -19,6 +19,7 @@ from w2r2_ds.config.io import save_config
 from w2r2_ds.config.schema import RunConfig
 from w2r2_ds.data.answer_tokens import require_digit_tokens
 from w2r2_ds.data.dataset import check_frames_are_shared, digests, load_mixture
+from w2r2_ds.data.frames.typical_box import TypicalBox, typical_box
 from w2r2_ds.data.loader import choose_grouping, make_processor, train_loader
 from w2r2_ds.data.mixture import Mixture
 from w2r2_ds.data.prepare.notes import preparation_notes
@@ -27,6 +28,7 @@ from w2r2_ds.data.sampler import GlobalBatchSampler
 from w2r2_ds.data.validate import check_frames, check_sample_texts, describe_frames
 from w2r2_ds.kernels.select import check_attention, check_kernels, describe_attention, resolve_dtype
 from w2r2_ds.models.build import VlmFrontend, build_model, load_frontend
+from w2r2_ds.models.family import require_row_attention
 from w2r2_ds.models.feature_cache import open_cache
 from w2r2_ds.models.lora import trainable_table
 from w2r2_ds.models.w2r2 import W2R2
@@ -101,6 +103,7 @@ class Inputs:
         samples: training mixture.
         device: device of this rank.
         validation: answers and scores validation samples; None if `train.eval_every` is 0.
+        typical: typical depth and size of the targets; None unless `objective.shortcut_decode` is anchor.
     """
 
     dtype: torch.dtype
@@ -109,6 +112,7 @@ class Inputs:
     samples: Mixture
     device: torch.device
     validation: Validation | None
+    typical: TypicalBox | None = None
 
 
 def build_run(config: RunConfig, ds_path: str, make_validation: MakeValidation) -> Run:
@@ -211,13 +215,21 @@ def check_inputs(
             logger.info("%s", describe_cache(frontend.cache.store))
     device = torch.device(get_accelerator().current_device_name())
     validation = make_validation(config, frontend, device) if config.train.eval_every else None
-    return Inputs(dtype, ds_config, frontend, samples, device, validation)
+    typical = typical_box(samples) if config.objective.shortcut_decode == "anchor" else None
+    if typical is not None and rank == 0:
+        logger.info("%s", typical.describe())
+    return Inputs(dtype, ds_config, frontend, samples, device, validation, typical)
 
 
 def check_objective(config: RunConfig, frontend: VlmFrontend) -> None:
-    """Raise ValueError if the push term is unknown or needs digit tokens that this tokenizer does not have."""
+    """Raise ValueError if the push term is unknown, or an option needs digit tokens or attention weights.
+
+    Digit tokens depend on the tokenizer, attention weights on the VLM's family.
+    """
     if build_push_term(config.objective.push_term).needs_boxes:
         require_digit_tokens(frontend.tokenizer, f"objective.push_term {config.objective.push_term['name']}")
+    if config.objective.shortcut_decode == "anchor":
+        require_row_attention(frontend.family)
     if config.objective.shortcut_decode == "teacher":
         require_digit_tokens(frontend.tokenizer, "objective.shortcut_decode teacher")
     if config.objective.decode_gap_every:
@@ -247,7 +259,7 @@ def make_loader(config: RunConfig, inputs: Inputs, start: int) -> ReraisingDataL
         questions_per_scene=config.data.questions_per_scene,
     )
     decode = config.objective.shortcut_decode == "greedy"
-    return train_loader(inputs.samples, inputs.frontend, config.data, sampler, decode)
+    return train_loader(inputs.samples, inputs.frontend, config.data, sampler, decode, inputs.typical)
 
 
 def make_decode_gap(config: RunConfig, inputs: Inputs) -> DecodeGap | None:

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from w2r2_ds.config.schema import RunConfig
+from w2r2_ds.models.attention.visual_attention import VisualAttention
 from w2r2_ds.models.token_masking import mask_images
 from w2r2_ds.models.w2r2 import W2R2, Mask
 from w2r2_ds.objective.loss import PassOutputs, ShortcutOutputs, score_shortcut, w2r2_loss
@@ -108,8 +109,14 @@ class W2R2Step(nn.Module):
         fused = self.model.fuse(vision_output, merged, self.token_mask(batch, geometry, optimizer_step))
         # With greedy decoding the answers are known already; the teacher-forced shortcut pass still runs, because the
         # push terms need its distributions at the answer positions.
-        shortcut_states, fused_states = self.run_passes(batch, shortcut_visual, fused, self.push_term.needs_states)
-        shortcut = self.shortcut_outputs(batch, shortcut_states, answers)
+        # With anchors, the attention is recorded for a batch without frames too: under ZeRO-3, all ranks must call the
+        # same projections.
+        recorder = VisualAttention(self.model.family, batch) if self.objective.shortcut_decode == "anchor" else None
+        shortcut_states, fused_states = self.run_passes(
+            batch, shortcut_visual, fused, self.push_term.needs_states, recorder
+        )
+        attention = None if recorder is None else recorder.mean_map()
+        shortcut = self.shortcut_outputs(batch, shortcut_states, answers, attention)
         norms = geometry_norm(vision_output, merged, batch)
         # The LM head runs on answer positions only: logits of the prompt would be the largest tensor of the step.
         outputs = self.pass_outputs(batch, fused_states)
@@ -124,17 +131,21 @@ class W2R2Step(nn.Module):
         """Phi(F2D, 0): the shortcut's visual tokens."""
         return self.model.fuse(vision_output, self.model.zero_geometry_tokens(geometry))
 
-    def shortcut_outputs(self, batch: Batch, states: Tensor, answers: list[str] | None) -> ShortcutOutputs:
+    def shortcut_outputs(
+        self, batch: Batch, states: Tensor, answers: list[str] | None, attention: Tensor | None = None
+    ) -> ShortcutOutputs:
         """Similarity and distributions of the shortcut.
 
         Args:
             batch: labels.
             states: ``[answer tokens, hidden]`` last hidden states of the shortcut pass, the description's appended if
                 the push term needs them.
-            answers: greedily decoded answer of every sample; None with teacher forcing.
+            answers: greedily decoded answer of every sample; None without decoding.
+            attention: see `score_shortcut`.
         """
         with self.shortcut_context():
-            return score_shortcut(self.pass_outputs(batch, states), batch, self.push_term, self.scorer, answers)
+            outputs = self.pass_outputs(batch, states)
+            return score_shortcut(outputs, batch, self.push_term, self.scorer, answers, attention)
 
     def shortcut_context(self) -> AbstractContextManager[None]:
         """Context of the shortcut pass: ``no_grad`` unless the push term differentiates through it."""

@@ -5,7 +5,8 @@ recomputation (with activation checkpointing, MFU is therefore lower than the de
 the prompt, no unused rows of the last layer, no padding, a shared prefix once, no tower whose features are cached.
 
 The shortcut pass counts forward only (with `unblocked`, backward too). Not counted: the attention of the
-`cross_attention` fusion (below 0.1 %), and greedy decoding in training (`shortcut_decode: greedy`, `decode_gap_every`).
+`cross_attention` fusion (below 0.1 %), the attention weights of `shortcut_decode: anchor`, and greedy decoding in
+training (`shortcut_decode: greedy`, `decode_gap_every`).
 """
 
 from __future__ import annotations

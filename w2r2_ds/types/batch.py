@@ -97,6 +97,23 @@ class Prompts:
 
 
 @dataclass(frozen=True)
+class AnchorInputs:
+    """What turns the visual token with the highest attention into a box, without geometry features.
+
+    Attributes:
+        frame: ``[visual tokens]`` int64, index of the token's frame among the frames of its frame set.
+        ray: ``[visual tokens, 3]`` float64, point at depth 1 on the token's viewing ray, in the camera of its frame.
+        depth: ``[batch]`` float64, typical depth of a target in metres; NaN for samples without a box to compare with.
+        size: ``[batch, 3]`` float64, typical size of a target of the sample's class, metres; NaN for the same samples.
+    """
+
+    frame: torch.Tensor
+    ray: torch.Tensor
+    depth: torch.Tensor
+    size: torch.Tensor
+
+
+@dataclass(frozen=True)
 class Batch:
     """One micro-batch. ``sequences`` equals ``batch`` (the number of samples), or is 1 if the samples are packed.
 
@@ -123,6 +140,7 @@ class Batch:
         kinds: kind of every answer, see `Sample.kind`.
         answers: text of every answer.
         prompts: prompts without answers, to decode answers during training; None if the collator does not make them.
+        anchors: rays of the visual tokens, for attention anchors; None if the collator does not make them.
     """
 
     ids: tuple[str, ...]
@@ -143,6 +161,7 @@ class Batch:
     kinds: tuple[Kind, ...]
     answers: tuple[str, ...]
     prompts: Prompts | None = None
+    anchors: AnchorInputs | None = None
 
     def to(self, device: torch.device) -> Batch:
         """The batch on `device`; copies from pinned memory are asynchronous."""

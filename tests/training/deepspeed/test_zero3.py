@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 import zero3_cases
+from anchor_batches import write_intrinsic
 from runs import ZERO3, run_ranks
 from w2r2_ds.models.fusion import FUSIONS
 from w2r2_ds.objective.push_terms import PUSH_TERMS
@@ -135,6 +136,16 @@ GREEDY = [
     Case("greedy", [[["four", "words"]], [["three", "more words"]]], {"shortcut_decode": "greedy", "margin": 30.0}),
     Case("decode_gap", [[["four"]], [["three"]]], {"decode_gap_every": 1, "decode_gap_samples": 3}, steps=1),
 ]
+ANCHORS = [
+    Case(
+        f"anchors beside text, {push} {pass_order}",
+        [[["words"], ["twelve"]], [["four"], ["three", "more words"]]],
+        {"shortcut_decode": "anchor", "push": push, "mu": 0.001},
+        pass_order=pass_order,
+    )
+    # The layers of `unblocked` are no leaf modules: every projection gathers its own weights.
+    for push, pass_order in (("margin", "lockstep"), ("margin", "sequential"), ("unblocked", "sequential"))
+]
 MATRIX = [matrix_case(row) for row in pairwise(FACTORS)]
 
 
@@ -142,7 +153,8 @@ MATRIX = [matrix_case(row) for row in pairwise(FACTORS)]
 def results(tmp_path_factory: pytest.TempPathFactory, model_config: Any, named_samples: dict[str, Any]) -> Any:
     """All cases of this file in one launch."""
     folder = tmp_path_factory.mktemp("zero3")
-    return run_cases(folder, [*MATRIX, *ROBUST, *TRACED, *GREEDY], model_config, named_samples)
+    write_intrinsic(named_samples["four"])  # beside the frames of all samples
+    return run_cases(folder, [*MATRIX, *ROBUST, *TRACED, *GREEDY, *ANCHORS], model_config, named_samples)
 
 
 def test_the_matrix_is_pairwise() -> None:
@@ -152,7 +164,7 @@ def test_the_matrix_is_pairwise() -> None:
     assert len(MATRIX) <= 48
 
 
-@pytest.mark.parametrize("case", [*MATRIX, *ROBUST, *TRACED, *GREEDY], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*MATRIX, *ROBUST, *TRACED, *GREEDY, *ANCHORS], ids=lambda case: case.name)
 def test_gradients_equal_those_of_the_unsharded_model(results: Any, case: Case) -> None:
     check_case(case, results[0])
 

@@ -24,7 +24,7 @@ class VisualAttention:
 
     Args:
         family: VLM family, for the attention weights of a layer.
-        batch: training batch with frames.
+        batch: training batch; without frames, the maps have no columns.
 
     Attributes:
         maps: per layer, ``[samples, visual tokens]`` float32: mean over the heads and over the sample's *where* tokens
@@ -33,7 +33,7 @@ class VisualAttention:
     """
 
     def __init__(self, family: VlmFamily, batch: Batch) -> None:
-        assert batch.layout is not None and not batch.visuals.dummy, "answers attend to frames in batches with both"
+        assert batch.layout is not None, "a training batch has a layout"
         self.family, self.visual_tokens = family, batch.visual_tokens
         answer = batch.answer_positions
         self.selected = SelectedTokens.of(batch.layout, answer.sequence, answer.position)
