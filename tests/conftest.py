@@ -15,6 +15,7 @@ import pytest
 from hypothesis import settings
 from PIL import Image
 
+from depth_scenes import with_depth
 from runs import World, make_world, train_once, world_folder
 from shared_fixtures import once, shared_base
 
@@ -115,6 +116,12 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
         make_sample(folder, "three", 3, (64, 64), 0, "a small brown table beside the white door of the room."),
         make_sample(folder, "twelve", 12, (80, 60), 11, "the sofa."),
     ]
+
+
+@pytest.fixture(scope="session")
+def depth_samples(tmp_path_factory: pytest.TempPathFactory, samples: list[Any]) -> list[Any]:
+    """The three samples with depth images, each in a scene of its own."""
+    return with_depth(tmp_path_factory.mktemp("depth"), samples)
 
 
 @pytest.fixture(scope="session")

@@ -12,12 +12,14 @@ from typing import Any
 import pytest
 import torch
 
+from w2r2_ds.config.schema import GeometryConfig
 from w2r2_ds.data import shared_memory
 from w2r2_ds.data.loader import feature_sizes, make_collate, make_processor, prompt_loader, train_loader
 from w2r2_ds.data.mixture import Mixture
 from w2r2_ds.data.sampler import GlobalBatchSampler
 from w2r2_ds.data.shared_memory import batch_bytes, choose_prefetch, needed_bytes, sample_bytes
 from w2r2_ds.features.lookup import flush_writes
+from w2r2_ds.models.build import load_frontend
 from w2r2_ds.models.feature_cache import open_cache
 from w2r2_ds.types.batch import map_tensors
 
@@ -65,6 +67,20 @@ def test_need_of_a_real_batch(
     assert max(found) <= sum(needs) + TOKENS_BYTES
     if cached != "geometry+2d":  # with both, the need is that of a sample of which one kind is cached
         assert sum(needs) <= max(found) + TOKENS_BYTES
+
+
+@pytest.mark.parametrize("visual", ["images", "video"])
+def test_point_maps_count(depth_samples: list[Any], model_config: Any, data_config: Any, visual: str) -> None:
+    """Besides the frames, which only the vision tower gets."""
+    config = data_config(visual=visual)
+    given = load_frontend(replace(model_config, geometry=GeometryConfig(name="point_map", reference_frame="camera")))
+    processor, collate = make_processor(given, config), make_collate(given, config)
+    for sample in depth_samples:
+        visuals = collate([processor(sample, True)]).visuals
+        found = nbytes((visuals.tower_frames, visuals.geometry_frames))
+        assert found > sample_bytes(sample.frames, config)
+        assert found == sample_bytes(sample.frames, config, None, given.geometry)
+    assert batch_bytes(depth_samples, 2, config, None, given.geometry) > batch_bytes(depth_samples, 2, config)
 
 
 def test_the_largest_sample_counts(samples: list[Any], data_config: Any) -> None:

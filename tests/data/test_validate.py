@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from depth_scenes import with_depth
+from w2r2_ds.config.schema import GeometryConfig
 from w2r2_ds.data import images
 from w2r2_ds.data.images import load_frame
 from w2r2_ds.data.loader import make_processor
-from w2r2_ds.data.validate import check_frames, check_sample_texts
+from w2r2_ds.data.validate import check_depth, check_frames, check_sample_texts
 
 
 @pytest.fixture
@@ -47,6 +49,28 @@ def test_every_file_is_read_once(samples: list[Any], tmp_path: Path, decoded: li
     assert check_frames(shared) == 4
     assert check_frames([]) == check_frames([sample_of(samples)]) == 0
     assert not decoded, "whole files are not decoded"
+
+
+def test_depth_is_checked_for_encoders_of_point_maps(
+    depth_samples: list[Any], model_config: Any, tmp_path: Path
+) -> None:
+    """Every rank checks a part; the message has the encoder and the file. Poses count if the coordinates need them."""
+    (sample,) = with_depth(tmp_path, depth_samples[:1])
+    world, camera = (
+        GeometryConfig(name="point_map", reference_frame=frame)  # type: ignore[arg-type]
+        for frame in ("world", "camera")
+    )
+    assert [check_depth([sample], world, rank, 3) for rank in range(3)] == [2, 1, 1]
+    assert check_depth([sample, sample], camera) == 4 and check_depth([sample], model_config.geometry) == 0
+    sample.frames[2].with_suffix(".txt").unlink()
+    assert check_depth([sample], camera) == 4
+    with pytest.raises(ValueError, match=r"model\.geometry\.name point_map .*pose.*00002\.txt"):
+        check_depth([sample], world)
+    assert check_depth([sample], world, 1, 2) == 2, "of another rank"
+    sample.frames[0].with_suffix(".png").unlink()
+    for config in (world, camera):
+        with pytest.raises(ValueError, match=r"model\.geometry\.name point_map .*depth.*00000\.png"):
+            check_depth([sample], config, 0, 2)
 
 
 def test_ranks_split_the_files_and_one_raises_for_a_bad_file(samples: list[Any], tmp_path: Path) -> None:

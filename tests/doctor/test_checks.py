@@ -15,6 +15,9 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from depth_scenes import with_depth
+from prepared_sets import write_prepared
+from w2r2_ds.config.schema import GeometryConfig
 from w2r2_ds.data.prepared_set import PreparedSet
 from w2r2_ds.doctor import checks, run
 from w2r2_ds.doctor.checks import data, environment, gpu, host, settings
@@ -270,6 +273,20 @@ def test_data_sets_and_frames(config: Any, tmp_path: Path) -> None:
     assert "is not a prepared data set" in data.check_data(config, ranks=1).errors[0]
     (tmp_path / "prepared").symlink_to(prepared)
     assert "does not exist (3 of 3 checked frames)" in data.check_data(config, ranks=1).errors[0]
+
+
+def test_depth_of_point_maps(config: Any, depth_samples: list[Any], tmp_path: Path) -> None:
+    """The first frame of the checked samples needs depth and pose; an encoder of images needs neither."""
+    chosen = with_depth(tmp_path, depth_samples)
+    write_prepared(tmp_path / "prepared", chosen, tmp_path)
+    config.data.root, config.data.val = str(tmp_path), []
+    config.model.geometry = GeometryConfig(name="point_map", reference_frame="world")
+    assert data.check_data(config, ranks=1).errors == []
+    chosen[1].frames[0].with_suffix(".txt").unlink()
+    (error,) = data.check_data(config, ranks=1).errors
+    assert "model.geometry.name point_map" in error and str(chosen[1].frames[0].with_suffix(".txt")) in error
+    config.model.geometry = GeometryConfig(path="owner/hub-id")
+    assert data.check_data(config, ranks=1).errors == []
 
 
 def test_an_unreadable_frame_is_one_error_of_its_set(config: Any) -> None:

@@ -40,7 +40,7 @@ def test_2d_features_stay_and_geometry_is_replaced(
     rooms: list[Any], frontend: Any, data_config: Callable[..., Any]
 ) -> None:
     plain = make_processor(frontend, data_config())
-    shuffled = ShuffledGeometry(plain, rooms)
+    shuffled = ShuffledGeometry(plain, frontend.geometry, rooms)
     assert set(shuffled.partner) == {room.scene_id for room in rooms[:3]}
     for room in rooms[:3]:
         donor = shuffled.donor(room.scene_id)
@@ -70,7 +70,7 @@ def test_geometry_does_not_depend_on_the_batch(
     rooms: list[Any], frontend: Any, data_config: Callable[..., Any]
 ) -> None:
     config = data_config()
-    shuffled = ShuffledGeometry(make_processor(frontend, config), rooms)
+    shuffled = ShuffledGeometry(make_processor(frontend, config), frontend.geometry, rooms)
     together = next(iter(prompt_loader(rooms[:3], frontend, config, 3, shuffled)))
     alone = [batch for batch in prompt_loader(rooms[:3][::-1], frontend, config, 1, shuffled)][::-1]
     images = [batch.visuals.geometry_frames[0] for batch in alone]

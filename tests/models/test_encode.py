@@ -266,8 +266,8 @@ def test_shuffled_geometry_does_not_use_the_cache(
     config = data_config(cache=str(tmp_path))
     with_cache = replace(frontend, cache=open_cache(config, model_config))
     with pytest.raises(AssertionError, match="no feature cache"):
-        ShuffledGeometry(make_processor(with_cache, config), rooms)(rooms[0], False)
-    features = ShuffledGeometry(make_processor(frontend, config), rooms)(rooms[0], False)
+        ShuffledGeometry(make_processor(with_cache, config), with_cache.geometry, rooms)(rooms[0], False)
+    features = ShuffledGeometry(make_processor(frontend, config), frontend.geometry, rooms)(rooms[0], False)
     assert features.visual.cached_3d is None and features.visual.cached_2d is None
 
 

@@ -107,18 +107,19 @@ class GeometryConfig:
     """The frozen geometry encoder.
 
     Args:
-        name: vggt, or a registered encoder.
+        name: vggt; point_map, exact 3D points from depth images and camera poses; or a registered encoder.
         path: directory or hub id of the weights; empty for an encoder without files.
         layers: layers whose patch tokens are used, counted from 0; features of several layers are concatenated. A layer
             of VGGT is a pair of alternating-attention blocks.
-        reference_frame: frame whose camera is the origin of the coordinates; with last the encoder gets the frames in
-            reverse order, an option of VG-LLM.
+        reference_frame: frame whose camera is the origin of the coordinates. With last, VGGT gets the frames in reverse
+            order, an option of VG-LLM. point_map also has world, the axis-aligned world of the labels, and camera, the
+            camera of every frame for its own points.
     """
 
     name: str = "vggt"
     path: str = "facebook/VGGT-1B"
     layers: Annotated[list[NonNegativeInt], Field(min_length=1)] = field(default_factory=lambda: [22])
-    reference_frame: Literal["first", "last"] = "first"
+    reference_frame: Literal["first", "last", "world", "camera"] = "first"
 
     @model_validator(mode="before")
     @classmethod

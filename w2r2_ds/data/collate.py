@@ -53,7 +53,7 @@ class Collator:
         position_ids: computes multimodal position ids, on the CPU, because computing them on the GPU needs a host
             sync; None for generation.
         vision: patch sizes of the vision tower.
-        geometry: patch size of the geometry encoder, for the dummy image.
+        geometry: patch size of the geometry encoder and kind of its input, for the dummy image.
         family: VLM family; computes the inputs of its vision tower.
         with_prompts: also make `Batch.prompts`, to decode answers during training.
         grouping: partition of the samples into groups with a common prefix, for one packed sequence; None for padded
@@ -228,7 +228,8 @@ def tower_input(
 def dummy_visuals(kind: str, vision: VisionSpec, geometry: GeometrySpec, family: VlmFamily) -> Visuals:
     """Gray visual inputs of at least 2 x 2 merged patches: one image, or a video of one temporal patch.
 
-    As with real frames, the geometry encoder gets a multiple of its patch size, and the vision tower a crop of it.
+    As with real frames, the geometry encoder gets a multiple of its patch size, and the vision tower a crop of it. The
+    point map of the dummy has no measured depth.
     """
     frames = vision.temporal_patch_size if kind == "video" else 1
     min_side = 2 * vision.merge_size * vision.patch_size
@@ -237,7 +238,10 @@ def dummy_visuals(kind: str, vision: VisionSpec, geometry: GeometrySpec, family:
     even_side, _ = even_size(side, side, vision.patch_size, vision.merge_size)
     grid_thw = family.grid_thw(frames, even_side, even_side, vision, kind)
     visuals = tower_input(kind, [image], grid_thw, vision, family)
-    return dataclasses.replace(visuals, geometry_frames=(image,), dummy=True)
+    if geometry.point_maps is None:
+        return dataclasses.replace(visuals, geometry_frames=(image,), dummy=True)
+    no_depth = torch.full(geometry.point_map_shape(frames, side, side), torch.nan)
+    return dataclasses.replace(visuals, geometry_frames=(no_depth,), dummy=True)
 
 
 def token_counts(grid_thw: torch.Tensor, merge_size: int) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -258,6 +259,50 @@ def fitted_size(sizes: Sequence[tuple[int, int]], target: int, patch: int, mode:
     if mode == "pad":
         return target, target
     return target, max(min(target, height) for _, height in scaled)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a resized frame shows its image file.
+
+    Attributes:
+        size: width and height of the image file, pixels.
+        scaled: width and height of the scaled image, before it is cropped or padded, pixels.
+        offset: (x, y) of the scaled image's upper left corner in the resized frame; negative where it is cropped.
+    """
+
+    size: tuple[int, int]
+    scaled: tuple[int, int]
+    offset: tuple[int, int] = (0, 0)
+
+    def to_original(self, positions: np.ndarray) -> np.ndarray:
+        """Pixels of the image file that a resized frame shows at some positions.
+
+        Args:
+            positions: ``[..., 2]`` (x, y) in pixels from the upper left corner of the resized frame: the centre of its
+                first pixel is (0.5, 0.5).
+
+        Returns:
+            ``[..., 2]`` float64 pixel coordinates, where the centre of the first pixel is (0, 0), as for intrinsics.
+        """
+        return (positions - np.array(self.offset)) * (np.array(self.size) / np.array(self.scaled)) - 0.5
+
+
+def place_frame(
+    size: tuple[int, int], stacked: tuple[int, int], target: int, patch: int, mode: str = "crop"
+) -> Placement:
+    """Where `resize_frames` shows one of its frames.
+
+    Args:
+        size: ``(width, height)`` of the frame in pixels.
+        stacked: ``(width, height)`` of the result of `resize_frames`, for all frames.
+        target, patch, mode: see `resize_frames`.
+    """
+    width, height = scaled_size(size, target, patch, mode)
+    # As in `_fit` and `_pad`: a height above the target is cropped, then both sides are padded to the largest frame.
+    cropped = min(height, target)
+    left, top = (stacked[0] - width) // 2, (stacked[1] - cropped) // 2 - (height - cropped) // 2
+    return Placement(size, (width, height), (left, top))
 
 
 def lost_height(size: tuple[int, int], target: int, patch: int, mode: str = "crop") -> float:

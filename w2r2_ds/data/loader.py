@@ -127,7 +127,7 @@ def train_loader(
         worker_init_fn=ignore_stop_signals,
         prefetch=config.prefetch,
         # Samples that share their frames share the inputs of the encoders too.
-        batch_bytes=batch_bytes(samples, sampler.micro_batch, config, feature_sizes(frontend))
+        batch_bytes=batch_bytes(samples, sampler.micro_batch, config, feature_sizes(frontend), frontend.geometry)
         // config.questions_per_scene,
         pin_memory=torch.cuda.is_available(),  # makes the copies of `Batch.to` asynchronous
         persistent_workers=config.workers > 0,
@@ -173,7 +173,7 @@ def prompt_loader(
         num_workers=config.workers,
         worker_init_fn=ignore_stop_signals,
         prefetch=config.prefetch,
-        batch_bytes=batch_bytes(samples, batch_size, config, feature_sizes(frontend)),
+        batch_bytes=batch_bytes(samples, batch_size, config, feature_sizes(frontend), frontend.geometry),
         # As in `train_loader`: validation must not change the random state of the training that continues after it.
         generator=torch.Generator(),
     )

@@ -6,6 +6,7 @@ The doctor, the start of a run and every loader use these functions. They import
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import NamedTuple
 
 from w2r2_ds.config.schema import DataConfig
 from w2r2_ds.data.images import fitted_size, frame_size, input_bytes
+from w2r2_ds.types.geometry import GeometrySpec
 from w2r2_ds.types.sample import Sample
 from w2r2_ds.utils.distributed import RankInfo
 
@@ -22,6 +24,7 @@ SHM = Path("/dev/shm")
 SAMPLES_MEASURED = 8
 """Maximum number of samples, evenly spaced, from which the size of a batch is computed."""
 GIB = 2**30
+FLOAT32_BYTES = 4
 
 
 class FeatureSizes(NamedTuple):
@@ -40,31 +43,49 @@ class FeatureSizes(NamedTuple):
     token_bytes: int
 
 
-def sample_bytes(frames: Sequence[Path], config: DataConfig, features: FeatureSizes | None = None) -> int:
-    """Largest number of bytes of a sample's frames and cached features in a batch; without tokens, which are few.
+def sample_bytes(
+    frames: Sequence[Path],
+    config: DataConfig,
+    features: FeatureSizes | None = None,
+    geometry: GeometrySpec | None = None,
+) -> int:
+    """Largest number of bytes of a sample's frames, point maps and cached features in a batch; without tokens.
 
     Args:
         frames: frame files; all are counted as large as the first.
         config: frame size, and whether frames are images or a video.
         features: sizes of cached features; None without a cache.
+        geometry: input of the geometry encoder; None counts no point maps.
 
     Raises:
         ValueError: the first frame cannot be read.
     """
-    inputs = input_bytes(frames, config)
+    inputs = input_bytes(frames, config) + point_map_bytes(frames, config, geometry)
     if features is None:
         return inputs
     width, height = fitted_size([frame_size(frames[0])], config.frame_width, features.geometry_patch, config.frame_fit)
     patches = len(frames) * (height // features.geometry_patch) * (width // features.geometry_patch)
     images = len(frames) if config.visual == "images" else -(-len(frames) // 2)  # a temporal patch covers two frames
     tokens = images * (height // features.token_side) * (width // features.token_side)
-    geometry, vision = patches * features.geometry_bytes, tokens * features.token_bytes
+    cached_3d, cached_2d = patches * features.geometry_bytes, tokens * features.token_bytes
     # The frames are in the batch unless both encoders' features are cached.
-    return max(inputs + max(geometry, vision), geometry + vision)
+    return max(inputs + max(cached_3d, cached_2d), cached_3d + cached_2d)
+
+
+def point_map_bytes(frames: Sequence[Path], config: DataConfig, geometry: GeometrySpec | None) -> int:
+    """Bytes of a sample's point maps; 0 for an encoder of images, whose frames are those of the vision tower."""
+    if geometry is None or geometry.point_maps is None:
+        return 0
+    width, height = fitted_size([frame_size(frames[0])], config.frame_width, geometry.patch_size, config.frame_fit)
+    return FLOAT32_BYTES * math.prod(geometry.point_map_shape(len(frames), height, width))
 
 
 def batch_bytes(
-    samples: Sequence[Sample], batch_size: int, config: DataConfig, features: FeatureSizes | None = None
+    samples: Sequence[Sample],
+    batch_size: int,
+    config: DataConfig,
+    features: FeatureSizes | None = None,
+    geometry: GeometrySpec | None = None,
 ) -> int:
     """Bytes of a batch of `batch_size` samples with frames of their own, each as large as the largest one measured."""
     last, largest = len(samples) - 1, 0
@@ -73,7 +94,7 @@ def batch_bytes(
         frames = samples[index].frames
         # A missing frame is an error of its sample, which names it when the sample is loaded.
         if frames and frames[0].is_file():
-            largest = max(largest, sample_bytes(frames, config, features))
+            largest = max(largest, sample_bytes(frames, config, features, geometry))
     return largest * batch_size
 
 

@@ -5,11 +5,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
+from w2r2_ds.config.schema import GeometryConfig
 from w2r2_ds.data.images import THREADS, check_frame, frame_size
 from w2r2_ds.data.processor import Processor, SequenceTooLong
+from w2r2_ds.data.sources.depth_frames import check_depth_frame
 from w2r2_ds.data.visual_inputs import VisualPreprocessor
+from w2r2_ds.models.build import geometry_spec
 from w2r2_ds.types.sample import Sample
 
 logger = logging.getLogger(__name__)
@@ -36,11 +40,46 @@ def check_frames(samples: Sequence[Sample], rank: int = 0, world_size: int = 1) 
     Raises:
         ValueError: a file is missing or cannot be read; the message names the first one.
     """
-    files = list(dict.fromkeys(path for sample in samples for path in sample.frames))[rank::world_size]
+    files = _own_frames(samples, rank, world_size)
     with ThreadPoolExecutor(THREADS) as pool:
         for _ in pool.map(check_frame, files):
             pass
     return len(files)
+
+
+def check_depth(samples: Sequence[Sample], config: GeometryConfig, rank: int = 0, world_size: int = 1) -> int:
+    """Check depth images, poses and intrinsics of the distinct frames, if the geometry encoder needs point maps.
+
+    Args:
+        samples: samples whose frames have passed `check_frames`.
+        config: the geometry encoder.
+        rank: rank of this process; it checks every `world_size`-th frame.
+        world_size: number of ranks.
+
+    Returns:
+        The number of frames that this rank checked; 0 for an encoder of images.
+
+    Raises:
+        ValueError: a file is missing or cannot be used; the message names the first one and the encoder.
+    """
+    spec = geometry_spec(config).point_maps
+    if spec is None:
+        return 0
+    files = _own_frames(samples, rank, world_size)
+    check = partial(check_depth_frame, with_pose=spec.needs_poses)
+    try:
+        with ThreadPoolExecutor(THREADS) as pool:
+            for _ in pool.map(check, files):
+                pass
+    except ValueError as error:
+        needed = "a depth image and a camera pose" if spec.needs_poses else "a depth image"
+        raise ValueError(f"model.geometry.name {config.name} needs {needed} of every frame: {error}") from error
+    return len(files)
+
+
+def _own_frames(samples: Sequence[Sample], rank: int, world_size: int) -> list[Path]:
+    """Every `world_size`-th of the distinct frame files of the samples."""
+    return list(dict.fromkeys(path for sample in samples for path in sample.frames))[rank::world_size]
 
 
 def describe_frames(samples: Sequence[Sample], processor: Processor) -> str:

@@ -11,7 +11,16 @@ import numpy as np
 import torch
 
 from w2r2_ds.config.schema import DataConfig
-from w2r2_ds.data.images import fitted_size, frame_size, load_resized, lost_height, naming, stack_frames
+from w2r2_ds.data.frames.point_maps import load_point_maps
+from w2r2_ds.data.images import (
+    fitted_size,
+    frame_size,
+    load_resized,
+    lost_height,
+    naming,
+    place_frame,
+    stack_frames,
+)
 from w2r2_ds.features.lookup import CacheLookup, FeatureCache
 from w2r2_ds.models.family import VlmFamily
 from w2r2_ds.models.frame_pixels import even_size
@@ -30,8 +39,9 @@ class VisualInputs:
         tower_frames: ``[frames, 3, height, width]`` uint8, the vision tower's input, not cropped to the VLM's token
             grid; None without frames, or if `cached_2d` has the tower's output.
         grid_thw: ``[images or videos, 3]`` int64 patch grids (time, height, width), also with cached features.
-        geometry_frames: the geometry encoder's input; the same tensor as `tower_frames`, except in experiments. None
-            without frames, or if `cached_3d` has the encoder's output.
+        geometry_frames: the geometry encoder's input: the same tensor as `tower_frames` (except in experiments), or
+            point maps ``[frames, rows, columns, points, 3]`` float32. None without frames, or if `cached_3d` has the
+            encoder's output.
         cached_2d: cache lookup of the vision tower's output; None without a cache of 2D features.
         cached_3d: cache lookup of the geometry features; None without a cache.
     """
@@ -53,7 +63,7 @@ class VisualPreprocessor:
     Args:
         family: VLM family; computes the patch grids of its vision tower.
         vision: patch sizes of the VLM.
-        geometry: patch size of the geometry encoder.
+        geometry: patch size of the geometry encoder, and the kind of its input.
         config: frame size, and whether frames are images or a video.
         cache: feature cache; None if all features are computed.
 
@@ -109,11 +119,13 @@ class VisualPreprocessor:
         # be stored under the old key: start again.
         if any(lookup is not None and not lookup.matches(sample.frames) for lookup in missing):
             return self.compute(sample)
-        tower_size = self._tower_size(sample.frames, frames.shape[3], frames.shape[2])
+        width, height = frames.shape[3], frames.shape[2]
+        tower_size = self._tower_size(sample.frames, width, height)
+        geometry_frames = frames if self.geometry.point_maps is None else self._point_maps(sample.frames, width, height)
         return VisualInputs(
             tower_frames=frames if cached_2d is None or cached_2d.features is None else None,
             grid_thw=self._grid(sample, tower_size),
-            geometry_frames=frames if cached_3d is None or cached_3d.features is None else None,
+            geometry_frames=geometry_frames if cached_3d is None or cached_3d.features is None else None,
             cached_2d=cached_2d,
             cached_3d=cached_3d,
         )
@@ -124,6 +136,12 @@ class VisualPreprocessor:
         # that forks loader workers later has none of them.
         with ThreadPoolExecutor(min(self.threads, len(paths))) as pool:
             return list(pool.map(lambda path: load_resized(path, *self.fit), paths))
+
+    def _point_maps(self, paths: Sequence[Path], width: int, height: int) -> torch.Tensor:
+        """Point maps of frames that were resized and stacked to `width` x `height` pixels."""
+        stacked = width, height
+        placements = [place_frame(frame_size(path), stacked, *self.fit) for path in paths]
+        return torch.from_numpy(load_point_maps(paths, placements, stacked, self.geometry, self.threads))
 
     def _grid(self, sample: Sample, tower_size: tuple[int, int]) -> torch.Tensor:
         """`VisualInputs.grid_thw` of a sample; `tower_size` is the width and height in pixels of the tower's crop."""

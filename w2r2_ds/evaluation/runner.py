@@ -20,7 +20,7 @@ from w2r2_ds.data.mixture import Mixture
 from w2r2_ds.data.prepare.notes import preparation_notes
 from w2r2_ds.data.prepared_set import PreparedSet
 from w2r2_ds.data.processor import Features
-from w2r2_ds.data.validate import check_frames, check_sample_texts
+from w2r2_ds.data.validate import check_depth, check_frames, check_sample_texts
 from w2r2_ds.evaluation import generate
 from w2r2_ds.evaluation.datasets import all_samples, describe_sets, find_sets
 from w2r2_ds.evaluation.loading import run_config, trained_model, trained_weights_sha256, with_cache
@@ -110,6 +110,7 @@ def evaluate(
     if geometry == "shuffle":  # raises ValueError for a single scene; the pairs themselves are made by Answerer
         pair_scenes([sample.scene_id for sample in whole if sample.frames])
     check_frames(samples, ranks.rank, ranks.world_size)
+    check_depth(samples, config.model.geometry, ranks.rank, ranks.world_size)
     name = f"{sets[0].task}-{geometry}"
     with evaluation_lock(out, name, ranks):
         frontend = with_cache(load_frontend(config.model), config)
@@ -219,7 +220,8 @@ class Answerer:
         processor: Callable[[Sample, bool], Features] = make_processor(self.frontend, self.data)
         if self.geometry == "shuffle":
             # Without the feature cache, which would store the other scene's features as those of this scene.
-            processor = ShuffledGeometry(make_processor(replace(self.frontend, cache=None), self.data), self.whole)
+            plain = make_processor(replace(self.frontend, cache=None), self.data)
+            processor = ShuffledGeometry(plain, self.frontend.geometry, self.whole)
         self.model.eval()
         device, tokenizer = self.model.base.device, self.frontend.tokenizer
         geometry = "zero" if self.geometry == "zero" else "fused"  # shuffle: fused, with the images of another scene

@@ -1,7 +1,8 @@
 """``--geometry shuffle``: evaluation of every sample with the geometry of another scene.
 
 A control experiment: if the scores do not fall, the model ignores geometry. Prompt, visual tokens and the shape of the
-geometry features are the sample's own; only the frames for the geometry encoder come from another scene.
+geometry features are the sample's own; only the frames for the geometry encoder, or the point maps of an encoder of
+point maps, come from another scene.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from w2r2_ds.data.images import load_frame
+from w2r2_ds.data.frames.point_maps import load_point_maps
+from w2r2_ds.data.images import Placement, frame_size, load_frame
 from w2r2_ds.data.processor import Features
+from w2r2_ds.types.geometry import GeometrySpec
 from w2r2_ds.types.sample import Sample
 
 PAIRING_SEED = 0
@@ -51,10 +54,12 @@ class ShuffledGeometry:
     """A processor that replaces the geometry encoder's frames of a sample by those of another scene.
 
     The frames are those of the other scene's first sample in the data set, truncated or repeated from the start to the
-    sample's number of frames. Each is resized to the size of the sample's own frames.
+    sample's number of frames. Each is resized to the size of the sample's own frames; a point map is computed at the
+    patches of such a frame.
 
     Args:
         processor: (sample, whether to include its answer) -> features; must have no feature cache.
+        geometry: patch size of the geometry encoder and kind of its input.
         samples: all samples of the data, not a rank's or a limited part, so that all ranks and limits have the same
             pairs.
 
@@ -62,8 +67,10 @@ class ShuffledGeometry:
         ValueError: fewer than two scenes have frames.
     """
 
-    def __init__(self, processor: Callable[[Sample, bool], Features], samples: Sequence[Sample]) -> None:
-        self.processor = processor
+    def __init__(
+        self, processor: Callable[[Sample, bool], Features], geometry: GeometrySpec, samples: Sequence[Sample]
+    ) -> None:
+        self.processor, self.geometry = processor, geometry
         self.first_samples: dict[str, Sample] = {}  # scene id -> its first sample with frames
         for sample in samples:
             if sample.frames:
@@ -80,11 +87,15 @@ class ShuffledGeometry:
             return features
         frames = self.donor(sample.scene_id).frames
         chosen = [frames[index % len(frames)] for index in range(len(sample.frames))]
-        height, width = inputs.geometry_frames.shape[-2:]
-        pixels = {path: _resized(path, height, width) for path in dict.fromkeys(chosen)}  # each file is decoded once
-        images = np.stack([pixels[path] for path in chosen])  # [frames, 3, height, width]
+        height, width = self.geometry.frame_size(inputs.geometry_frames.shape)
+        if self.geometry.point_maps is None:
+            pixels = {path: _resized(path, height, width) for path in dict.fromkeys(chosen)}  # each is decoded once
+            replaced = np.stack([pixels[path] for path in chosen])  # [frames, 3, height, width]
+        else:
+            placements = [Placement(frame_size(path), (width, height)) for path in chosen]
+            replaced = load_point_maps(chosen, placements, (width, height), self.geometry)
         return dataclasses.replace(
-            features, visual=dataclasses.replace(inputs, geometry_frames=torch.from_numpy(images))
+            features, visual=dataclasses.replace(inputs, geometry_frames=torch.from_numpy(replaced))
         )
 
     def donor(self, scene_id: str) -> Sample:

@@ -41,7 +41,7 @@ class VlmFrontend:
         tokenizer: the VLM's tokenizer, with its chat template.
         vision: patch sizes, normalisation and token ids of the VLM.
         meta: the VLM on the meta device, whose methods compute multimodal positions.
-        geometry: patch size and channels of the geometry encoder.
+        geometry: patch size, channels and kind of input of the geometry encoder.
         cache: feature cache; None without one.
         dtype: dtype of the encoders, and so of cached features.
     """
@@ -131,15 +131,25 @@ def load_geometry(config: ModelConfig, device: torch.device) -> GeometryEncoder:
     Raises:
         ValueError: no encoder has this name, its weights cannot be loaded, or a layer does not exist.
     """
-    encoder = GEOMETRY_ENCODERS.find(config.geometry.name)
-    loaded = encoder.load(config.geometry, resolve_dtype(config.dtype), device)
-    loaded.spec = encoder.read_spec(config.geometry)
+    spec = geometry_spec(config.geometry)
+    loaded = GEOMETRY_ENCODERS.find(config.geometry.name).load(config.geometry, resolve_dtype(config.dtype), device)
+    loaded.spec = spec
     return loaded
 
 
 def geometry_spec(config: GeometryConfig) -> GeometrySpec:
-    """Sizes of the encoder of `model.geometry`; raises ValueError as `load_geometry` does."""
-    return GEOMETRY_ENCODERS.find(config.name).read_spec(config)
+    """Sizes and input of the encoder of `model.geometry`.
+
+    Raises:
+        ValueError: as `load_geometry`, or the encoder does not support the reference frame.
+    """
+    encoder = GEOMETRY_ENCODERS.find(config.name)
+    if config.reference_frame not in encoder.reference_frames:
+        raise ValueError(
+            f"model.geometry.reference_frame is {config.reference_frame}, which {config.name} does not support; it is "
+            f"one of {', '.join(encoder.reference_frames)}."
+        )
+    return encoder.read_spec(config)
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:

@@ -10,6 +10,7 @@ from w2r2_ds.features.key import encoder_identity
 from w2r2_ds.features.lookup import FeatureCache
 from w2r2_ds.features.store import FeatureStore
 from w2r2_ds.kernels.select import resolve_dtype, segment_attention
+from w2r2_ds.models.build import geometry_spec
 from w2r2_ds.models.family import find_family
 from w2r2_ds.models.geometry_encoder import GEOMETRY_ENCODERS
 from w2r2_ds.models.weights.loading import load_model_config, load_vision_spec
@@ -21,10 +22,17 @@ def open_cache(data: DataConfig, model: ModelConfig) -> FeatureCache | None:
     """Open the cache in the folder `data.cache`; None if `data.cache` is the empty string.
 
     Raises:
-        ValueError: the folder cannot be created, or an encoder's weights are not found.
+        ValueError: the folder cannot be created, an encoder's weights are not found, or the geometry encoder's input
+            are point maps.
     """
     if not data.cache:
         return None
+    if geometry_spec(model.geometry).point_maps is not None:
+        raise ValueError(
+            f"data.cache is {data.cache}, but features of model.geometry.name {model.geometry.name} are not cached: "
+            "they depend on depth images and poses, which are not in the key, and cost less than reading a file; leave "
+            "data.cache empty."
+        )
     folder = Path(data.cache)
     try:
         make_folder(folder)

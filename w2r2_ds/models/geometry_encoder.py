@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from w2r2_ds.config.schema import GeometryConfig
+from w2r2_ds.models.frame_pixels import unit_range
 from w2r2_ds.types.geometry import GeometrySpec
 from w2r2_ds.utils.registry import Registry
 
@@ -30,12 +31,15 @@ class GeometryEncoder(ABC):
     name: ClassVar[str]
     """Value of `model.geometry.name`."""
 
+    reference_frames: ClassVar[tuple[str, ...]] = ("first", "last")
+    """Supported values of `model.geometry.reference_frame`."""
+
     spec: GeometrySpec
 
     @classmethod
     @abstractmethod
     def read_spec(cls, config: GeometryConfig) -> GeometrySpec:
-        """Patch size and channels, from configuration files alone.
+        """Patch size, channels and kind of input, from configuration files alone.
 
         Raises:
             ValueError: there are no files at `model.geometry.path`, or a layer does not exist.
@@ -44,7 +48,7 @@ class GeometryEncoder(ABC):
     @classmethod
     @abstractmethod
     def identity(cls, config: GeometryConfig) -> Mapping[str, Any]:
-        """Everything that determines the features of given images, besides name, layers, reference frame and dtype.
+        """Everything that determines the features of given inputs, besides name, layers, reference frame and dtype.
 
         Usually a digest of the weights and the encoder's configuration, as JSON values. It is part of the key of the
         feature cache and of every checkpoint.
@@ -60,24 +64,30 @@ class GeometryEncoder(ABC):
         """
 
     @abstractmethod
-    def encode(self, images: Tensor) -> Tensor:
+    def encode(self, inputs: Tensor) -> Tensor:
         """Features of the frames of one scene, without gradient.
 
         Args:
-            images: ``[frames, 3, height, width]`` float32 in [0, 1], in order, made from the batch's uint8 frames on
-                the same device. Height and width are multiples of the patch size.
+            inputs: the frames in order. Images are ``[frames, 3, height, width]`` float32 in [0, 1], made from the
+                batch's uint8 frames on the same device; height and width are multiples of the patch size. With
+                `spec.point_maps`, point maps ``[frames, height / patch_size, width / patch_size, k * k, 3]`` float32,
+                metres, NaN where no depth was measured.
 
         Returns:
             ``[frames, height / patch_size, width / patch_size, feature_dim]`` on the device of the weights. Several
             layers are concatenated along the channels, in the order of `model.geometry.layers`.
         """
 
+    def encode_frames(self, frames: Tensor) -> Tensor:
+        """`encode` one frame set of a batch: an entry of `Visuals.geometry_frames`, uint8 images or point maps."""
+        return self.encode(unit_range(frames) if self.spec.point_maps is None else frames)
+
     def flops(self, frames: int, height: int, width: int) -> float:
         """Model FLOPs of `encode`, for the metric `mfu`; 0 if an encoder does not count them."""
         return 0.0
 
 
-BUILT_IN = {"vggt": "w2r2_ds.models.vggt.encoder"}
+BUILT_IN = {"vggt": "w2r2_ds.models.vggt.encoder", "point_map": "w2r2_ds.models.point_map"}
 """Name -> module, imported on first use; it registers its encoder."""
 
 GEOMETRY_ENCODERS: Registry[type[GeometryEncoder]] = Registry("model.geometry.name", BUILT_IN)

@@ -15,7 +15,6 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling as VisionOu
 from w2r2_ds.kernels.dual_stream_embed import dual_stream_embed
 from w2r2_ds.kernels.select import TORCH_KERNELS, Kernels, backend_of
 from w2r2_ds.models.family import VlmFamily, find_family
-from w2r2_ds.models.frame_pixels import unit_range
 from w2r2_ds.models.fusion import Fusion
 from w2r2_ds.models.geometry_encoder import GeometryEncoder
 from w2r2_ds.models.layer_inputs import OnInput, on_layer_inputs
@@ -129,7 +128,7 @@ class W2R2(nn.Module):
                 features.append(cached.features)
                 continue
             assert frames is not None, "the collator keeps the frames of uncached samples"
-            features.append(self.geometry.encode(unit_range(frames)))
+            features.append(self.geometry.encode_frames(frames))
             if cached is not None:
                 cached.write_async(features[-1])
         # A temporal patch of a video covers two frames, a geometry feature one frame.

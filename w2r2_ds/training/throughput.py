@@ -137,4 +137,4 @@ def merger_flops(model: W2R2, visuals: Visuals, stop_gradient: bool) -> float:
 def geometry_flops(encoder: GeometryEncoder, visuals: Visuals) -> float:
     """Forward FLOPs of the geometry encoder on the frame sets that are not cached."""
     shapes = (frames.shape for frames in visuals.geometry_frames if frames is not None)
-    return sum(encoder.flops(frames, height, width) for frames, _, height, width in shapes)
+    return sum(encoder.flops(shape[0], *encoder.spec.frame_size(shape)) for shape in shapes)

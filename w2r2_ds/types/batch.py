@@ -42,7 +42,8 @@ class Visuals:
         tower_frames: per frame set, ``[frames, 3, height, width]`` uint8, not cropped to whole tokens; empty with a
             cache of 2D features, where `uncached` has them. The frames become float pixel values on the device.
         geometry_frames: per frame set, the frames for the geometry encoder, usually the same tensors as `tower_frames`;
-            None if `cached_3d` has the set's features.
+            for an encoder of point maps, ``[frames, rows, columns, points, 3]`` float32 in place of images. None if
+            `cached_3d` has the set's features.
         ids: per frame set, the id of its (first) sample.
         dummy: True for the dummy, a gray image or short video whose tokens are in no sequence.
         cached_3d: per frame set, the cache lookup of its geometry features; empty without a cache.

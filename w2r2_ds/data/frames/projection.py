@@ -6,6 +6,8 @@ Coordinates: the world is axis-aligned, +z up, in metres. Cameras follow OpenCV 
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 from PIL import Image
 from scipy.spatial import ConvexHull, QhullError
@@ -31,23 +33,28 @@ _CORNERS = np.stack(np.meshgrid(*[[-0.5, 0.5]] * 3, indexing="ij"), axis=-1).res
 
 
 def load_depth(frame: Frame) -> np.ndarray:
-    """Read a frame's depth image: ``[height, width]`` uint16, millimetres, 0 where nothing was measured.
+    """Read a frame's depth image, see `read_depth`."""
+    return read_depth(frame.depth)
+
+
+def read_depth(path: Path) -> np.ndarray:
+    """Read a depth image: ``[height, width]`` uint16, millimetres, 0 where nothing was measured.
 
     Raises:
         ValueError: the file is unreadable, not a 16-bit one-channel PNG, or not in millimetres.
     """
     try:
-        with Image.open(frame.depth, formats=DEPTH_FORMATS) as image:
+        with Image.open(path, formats=DEPTH_FORMATS) as image:
             depth = np.asarray(image)
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{frame.depth} is not a readable depth image; extract it again ({error})") from None
+        raise ValueError(f"{path} is not a readable depth image; extract it again ({error})") from None
     if depth.ndim != 2 or depth.dtype.kind not in "iu" or depth.dtype.itemsize < 2:
-        raise ValueError(f"{frame.depth} is not a 16-bit one-channel depth image; extract it again")
-    _check_scale(depth, frame)
+        raise ValueError(f"{path} is not a 16-bit one-channel depth image; extract it again")
+    _check_scale(depth, path)
     return depth.astype(np.uint16)
 
 
-def _check_scale(depth: np.ndarray, frame: Frame) -> None:
+def _check_scale(depth: np.ndarray, path: Path) -> None:
     """Raise ValueError if the median depth is outside ``DEPTH_RANGE``, because the unit is then not millimetres.
 
     The median is taken over every fourth pixel in both directions. An image without measurements is valid.
@@ -59,7 +66,7 @@ def _check_scale(depth: np.ndarray, frame: Frame) -> None:
     median = float(np.median(measured)) / 1000.0
     if not DEPTH_RANGE[0] <= median <= DEPTH_RANGE[1]:
         raise ValueError(
-            f"{frame.depth}: read as millimetres, the median depth is {median:g} m, which is not plausible for a room; "
+            f"{path}: read as millimetres, the median depth is {median:g} m, which is not plausible for a room; "
             "ScanNet's depth images hold millimetres as uint16, so convert these images to that scale"
         )
 

@@ -29,7 +29,6 @@ from w2r2_ds.kernels.select import describe_attention, resolve_attention, resolv
 from w2r2_ds.models.build import geometry_spec, load_geometry
 from w2r2_ds.models.family import find_family
 from w2r2_ds.models.feature_cache import open_cache
-from w2r2_ds.models.frame_pixels import unit_range
 from w2r2_ds.models.weights.loading import load_model_config, load_vision_spec, load_vlm
 from w2r2_ds.types.batch import to_device
 from w2r2_ds.types.geometry import GeometrySpec
@@ -248,7 +247,7 @@ def encode_all(
         for inputs in loader:
             # The frames are present only if the features were missing when the loader worker searched the cache.
             if inputs.cached_3d is not None and inputs.geometry_frames is not None:
-                inputs.cached_3d.write_async(geometry.encode(unit_range(inputs.geometry_frames.to(device))))
+                inputs.cached_3d.write_async(geometry.encode_frames(inputs.geometry_frames.to(device)))
                 keys.append(inputs.cached_3d.key)
             if inputs.cached_2d is not None and inputs.tower_frames is not None:
                 visuals = to_device(

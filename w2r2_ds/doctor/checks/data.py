@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from w2r2_ds.config.schema import ModelConfig, RunConfig
+from w2r2_ds.config.schema import GeometryConfig, ModelConfig, RunConfig
 from w2r2_ds.doctor.checks.environment import short_hash
 from w2r2_ds.doctor.checks.host import check_shared_memory
 from w2r2_ds.doctor.result import CheckResult
@@ -13,6 +14,7 @@ from w2r2_ds.utils.files.json_io import read_json
 
 if TYPE_CHECKING:
     from w2r2_ds.data.shared_memory import FeatureSizes
+    from w2r2_ds.types.geometry import GeometrySpec
 
 SAMPLES_CHECKED = 8
 """Maximum number of samples per data set, evenly spaced, whose first frame is checked; training checks all frames."""
@@ -24,9 +26,10 @@ def check_data(run: RunConfig, ranks: int) -> CheckResult:
 
     from w2r2_ds.data.prepared_set import MANIFEST, PreparedSet
     from w2r2_ds.data.shared_memory import sample_bytes
+    from w2r2_ds.data.validate import check_depth
 
     result = CheckResult()
-    config, features = run.data, cached_sizes(run)
+    config, features, geometry = run.data, cached_sizes(run), known_spec(run.model.geometry)
     root, largest = Path(config.root), 0
     for source in [*config.train, *config.val]:
         folder = root / source.path
@@ -42,8 +45,10 @@ def check_data(run: RunConfig, ranks: int) -> CheckResult:
                     f"{missing[0]} of {folder} does not exist ({len(missing)} of {len(samples)} checked frames); mount "
                     "or copy the frames to this node, or correct data.root."
                 )
-            else:
-                largest = max([largest, *(sample_bytes(sample.frames, config, features) for sample in samples)])
+                continue
+            largest = max([largest, *(sample_bytes(sample.frames, config, features, geometry) for sample in samples)])
+            if geometry is not None and geometry.point_maps is not None:
+                check_depth([replace(sample, frames=sample.frames[:1]) for sample in samples], run.model.geometry)
         except ValueError as error:  # the set or a frame cannot be read
             result.errors.append(str(error))
     # Samples that share their frames share the inputs of the encoders too.
@@ -51,17 +56,27 @@ def check_data(run: RunConfig, ranks: int) -> CheckResult:
     return result
 
 
+def known_spec(config: GeometryConfig) -> GeometrySpec | None:
+    """Sizes and input of the geometry encoder from its configuration; None if they are unknown."""
+    from w2r2_ds.models.build import geometry_spec
+
+    if config.path and not Path(config.path).is_dir():  # a hub id would be downloaded
+        return None
+    try:
+        return geometry_spec(config)
+    except ValueError:  # unreadable files are errors of `check_weights`
+        return None
+
+
 def cached_sizes(run: RunConfig) -> FeatureSizes | None:
     """Sizes of cached features from the models' configurations; None without a cache, or if sizes are unknown."""
     from w2r2_ds.data.shared_memory import FeatureSizes
     from w2r2_ds.kernels.select import resolve_dtype
-    from w2r2_ds.models.geometry_encoder import GEOMETRY_ENCODERS
 
-    model, geometry = run.model, run.model.geometry
-    if not run.data.cache or (geometry.path and not Path(geometry.path).is_dir()):  # a hub id would be downloaded
+    model, spec = run.model, known_spec(run.model.geometry)
+    if not run.data.cache or spec is None:
         return None
     try:
-        spec = GEOMETRY_ENCODERS.find(geometry.name).read_spec(geometry)
         tree = read_json(Path(model.vlm) / "config.json")
         tower, hidden = tree["vision_config"], tree.get("text_config", tree)["hidden_size"]
         token = tower["patch_size"] * tower["spatial_merge_size"]
