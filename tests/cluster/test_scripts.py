@@ -14,7 +14,7 @@ import pytest
 from slurm_cluster import make_root
 from w2r2_ds.training.fault_tolerance import exit_codes
 
-SCRIPTS = ("train", "evaluate", "prepare", "sweep")
+SCRIPTS = ("train", "evaluate", "prepare", "sweep", "ablate")
 JOB = {
     "SLURM_JOB_ID": "7",
     "SLURM_PROCID": "3",
@@ -119,6 +119,84 @@ def test_a_sweep_has_one_folder_per_combination(root: Path) -> None:
 def test_a_sweep_without_values_is_rejected(root: Path, words: list[str], message: str) -> None:
     done = script(root, "sweep", "--dry-run", *words)
     assert done.returncode == 1 and message in done.stderr
+
+
+def write_tasks(folder: Path, *tasks: list[list[str]]) -> Path:
+    """Files of launchers/ablate.py --slurm: per task its commands."""
+    (folder / "slurm").mkdir(parents=True)
+    for index, commands in enumerate(tasks):
+        text = "".join("\t".join(words) + "\n" for words in commands)
+        (folder / "slurm" / f"task-{index}.txt").write_text(text)
+    return folder
+
+
+def test_an_ablation_trains_and_evaluates_every_run(root: Path, tmp_path: Path) -> None:
+    first = [["train", "--deepspeed", "x.json", "--data.val=[{path: a b}]"], ["evaluate", "e/fused", "--out=e/fused"]]
+    folder = write_tasks(tmp_path / "out", first, [["train", "--out=r2"]])
+    train, evaluate, other = lines(script(root, "ablate", "--dry-run", str(folder), "--skip-doctor", "--train.lr=1"))
+    options = ["--deepspeed", "x.json", "--data.val=[{path: a b}]", "--train.lr=1", "--resume", "auto"]
+    assert train[train.index("python") :] == ["python", "launchers/train.py", *options]
+    assert evaluate[evaluate.index("python") :] == ["python", "launchers/evaluate.py", "--out=e/fused"]
+    assert other[-4:] == ["--out=r2", "--train.lr=1", "--resume", "auto"]
+    assert [line[line.index("slurm/rank.sh") + 1].rpartition("/")[2] for line in (train, evaluate)] == [
+        "train",
+        "evaluate-fused",
+    ]
+
+
+SRUN = """#!/bin/bash
+while [ "$1" != slurm/rank.sh ]; do shift; done
+export SLURM_PROCID=0 SLURM_NTASKS=1 SLURM_LOCALID=0 SLURM_STEP_TASKS_PER_NODE=1
+exec "$@"
+"""
+LAUNCHER = """
+import pathlib, sys
+with open("calls.txt", "a") as file:
+    file.write(" ".join([pathlib.Path(sys.argv[0]).stem, *sys.argv[1:]]) + "\\n")
+sys.exit(3 if "--fail" in sys.argv else 0)
+"""
+
+
+def test_a_task_of_an_ablation(tmp_path: Path) -> None:
+    """Without Slurm: stubs of srun, scontrol and the launchers. An evaluation with scores is not repeated."""
+    other = make_root(tmp_path / "repository")
+    (other / "launchers").unlink()
+    (other / "launchers").mkdir()
+    for name in ("train", "evaluate"):
+        (other / "launchers" / f"{name}.py").write_text(LAUNCHER)
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name, text in (("srun", SRUN), ("scontrol", "#!/bin/bash\necho n1\n")):
+        (programs / name).write_text(text)
+        (programs / name).chmod(0o755)
+    scored = tmp_path / "e" / "fused"
+    scored.mkdir(parents=True)
+    (scored / "scores-scanrefer-fused.json").touch()
+    commands = [
+        ["train", "--out=r"],
+        ["evaluate", str(scored), "--a"],
+        ["evaluate", str(tmp_path / "e" / "zero"), "--b"],
+    ]
+    folder = write_tasks(tmp_path / "out", commands, [["train", "--fail"], ["evaluate", "e", "--c"]])
+    job = {"SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1", "SLURMD_NODENAME": "n1"}
+    environment = {**job, "PATH": f"{programs}:{os.environ['PATH']}", "TMPDIR": str(tmp_path)}
+    environment["SLURM_SUBMIT_DIR"] = str(other)
+    done = script(other, "ablate", str(folder), "--skip-doctor", **environment, SLURM_ARRAY_TASK_ID="0")
+    assert done.returncode == 0, done.stdout + done.stderr
+    calls = (other / "calls.txt").read_text().splitlines()
+    assert calls == ["train --deepspeed ds_configs/zero3.json --out=r --resume auto", "evaluate --b"]
+    assert f"{scored} has scores" in done.stdout and "evaluate-zero: done" in done.stdout
+    failed = script(other, "ablate", str(folder), "--skip-doctor", **environment, SLURM_ARRAY_TASK_ID="1")
+    assert failed.returncode == 1 and "ended with 3; not requeued" in failed.stderr
+    assert len((other / "calls.txt").read_text().splitlines()) == 3  # no evaluation after a failed training
+    beyond = script(other, "ablate", str(folder), **environment, SLURM_ARRAY_TASK_ID="2")
+    assert beyond.returncode == 1 and f"{folder}/slurm/task-2.txt" in beyond.stderr
+
+
+def test_an_ablation_needs_a_written_folder(root: Path, tmp_path: Path) -> None:
+    for words in ([], [str(tmp_path)]):
+        done = script(root, "ablate", "--dry-run", *words)
+        assert done.returncode == 1 and "launchers/ablate.py --slurm" in done.stderr
 
 
 def test_a_script_without_slurm_fails(root: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from w2r2_ds.commands.common import command_words, function_parser, parse
 from w2r2_ds.commands.errors import reports_errors
+from w2r2_ds.config.cli import Parser
 from w2r2_ds.utils.logging import stdout_to_stderr
 
 PROTOCOL = (
@@ -26,14 +27,19 @@ PROTOCOL = (
 @reports_errors("evaluate")
 def main(args: list[str] | None = None) -> None:
     """Run the command; returns the exit code."""
-    parser = function_parser(run, "w2r2 evaluate", skip=("protocols",))
-    parser.add_argument("--protocol", action="append", metavar="NAME", help=PROTOCOL)
-    values = parse(parser, command_words(args))
+    values = parse(evaluation_parser(), command_words(args))
     given = ",".join(values.pop("protocol") or [])
     with stdout_to_stderr():
         scores = run(**values, protocols=[name.strip() for name in given.split(",") if name.strip()])
     if scores:
         print(json.dumps(scores, indent=2))
+
+
+def evaluation_parser() -> Parser:
+    """Parser of the command line."""
+    parser = function_parser(run, "w2r2 evaluate", skip=("protocols",))
+    parser.add_argument("--protocol", action="append", metavar="NAME", help=PROTOCOL)
+    return parser
 
 
 def run(

@@ -21,7 +21,7 @@ from rich.table import Table
 from w2r2_ds.config.io import load_config
 from w2r2_ds.config.schema import RunConfig
 from w2r2_ds.evaluation.scoring import headline
-from w2r2_ds.training.checkpoint.manifest import find_checkpoint, has_checkpoint
+from w2r2_ds.training.checkpoint.manifest import find_checkpoint, has_checkpoint, is_newer, is_trained
 from w2r2_ds.training.deepspeed.process_group import free_port
 from w2r2_ds.utils.gpus import check_gpus
 
@@ -49,13 +49,6 @@ def run_command(*command: str) -> None:
         sys.exit(f"demo: the command above failed with exit status {done.returncode}.")
 
 
-def is_trained(config: RunConfig) -> bool:
-    """Whether there is a checkpoint of the last training step."""
-    if not has_checkpoint(config.out):
-        return False
-    return find_checkpoint(config.out).name == f"step-{config.train.steps:06d}"
-
-
 def run_demo() -> None:
     """Run all steps of the demo in runs/demo, in minutes; finished steps are reused."""
     started = time.perf_counter()
@@ -64,7 +57,7 @@ def run_demo() -> None:
     out = Path(config.out).parent
     adapter, scores = out / "adapter", out / "evaluation"
     run_command("python", "launchers/prepare.py", "demo")
-    if is_trained(config):
+    if is_trained(config.out, config.train.steps):
         logger.info("reusing the trained run in %s", config.out)
     else:
         resume = ("--resume", "auto") if has_checkpoint(config.out) else ()
@@ -88,11 +81,6 @@ def run_demo() -> None:
     parsed = print_results(config, scores, adapter, time.perf_counter() - started)
     if parsed < MIN_PARSED:
         sys.exit(f"demo: only {parsed:.1%} of the answers parse; at least {MIN_PARSED:.0%} should.")
-
-
-def is_newer(file: Path, checkpoint: Path) -> bool:
-    """Whether a result exists and is not older than the checkpoint."""
-    return file.is_file() and file.stat().st_mtime >= (checkpoint / "checkpoint.json").stat().st_mtime
 
 
 def print_results(config: RunConfig, scores: Path, adapter: Path, seconds: float) -> float:

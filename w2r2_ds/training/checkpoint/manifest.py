@@ -216,6 +216,27 @@ def has_checkpoint(run: str | Path) -> bool:
     return bool(step_folders(run)) or (Path(run) / "checkpoints" / LATEST).is_file()
 
 
+def newest(run: str | Path) -> Path | None:
+    """The checkpoint that `find_checkpoint` finds in the folder of a run; None if the run has saved none."""
+    return find_checkpoint(run) if has_checkpoint(run) else None
+
+
+def is_trained(run: str | Path, steps: int) -> bool:
+    """Whether a run has a checkpoint of its last step.
+
+    Args:
+        run: folder of the run.
+        steps: number of its optimizer steps, `train.steps`.
+    """
+    found = newest(run)
+    return found is not None and found.name == step_folder(run, steps).name
+
+
+def is_newer(file: Path, checkpoint: Path) -> bool:
+    """Whether a result exists and is not older than the checkpoint that it was made from."""
+    return file.is_file() and file.stat().st_mtime >= (checkpoint / MANIFEST).stat().st_mtime
+
+
 def _latest(run: Path) -> Path:
     """The checkpoint of the pointer `latest`; the newest complete one if the pointer or its checkpoint is missing.
 

@@ -1,0 +1,136 @@
+"""Scores per sample of finished runs, and the comparison of the arms."""
+
+from __future__ import annotations
+
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ablation_runs import PROTOCOL, SCENES, differences, finish, make_plan
+from w2r2_ds.diagnostics.ablation.comparison import compare
+from w2r2_ds.diagnostics.ablation.output import print_results, write_plots, write_results
+from w2r2_ds.diagnostics.ablation.plan import Plan
+from w2r2_ds.diagnostics.ablation.results import item_score, read_results
+from w2r2_ds.diagnostics.ablation.statistics import holm, paired_bootstrap, paired_t
+from w2r2_ds.evaluation.protocols.records import IOU_DECIMALS
+
+METRIC = f"fused {PROTOCOL} acc@0.25"
+BASE, BETTER = "lambda_det=0", "lambda_det=1"
+HITS = {
+    BASE: [[True, False, False, False, True, False], [False, False, True, False, False, False]],
+    BETTER: [[True, True, True, False, True, True], [True, True, True, True, False, True]],
+}
+BELOW = 0.25 - 0.1 ** (IOU_DECIMALS + 1)
+IN_SCENES = [SCENES[index // 2] for index in range(6)]
+
+
+class Links(HTMLParser):
+    """Collects the attributes by which a page loads other files; the text of scripts is not parsed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found += [value or "" for name, value in attrs if name in ("src", "href")]
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> Plan:
+    """Two arms with two finished seeds of three, and an arm without runs."""
+    plan = make_plan(tmp_path, [{"objective.lambda_det": [0, 1, 2]}], [0, 1, 2])
+    finish(plan, HITS)
+    return plan
+
+
+def test_scores_per_sample(plan: Plan) -> None:
+    results = read_results(plan)
+    assert {arm: list(seeds) for arm, seeds in results.items()} == {BASE: [0, 1], BETTER: [0, 1], "lambda_det=2": []}
+    score = results[BETTER][1][METRIC]
+    assert score.value == pytest.approx(5 / 6) and score.samples is not None
+    np.testing.assert_array_equal(score.samples.values, HITS[BETTER][1])
+    assert list(score.samples.scenes) == IN_SCENES
+
+
+def test_metrics_are_selected_by_a_part_of_their_name(plan: Plan) -> None:
+    scores = read_results(plan, ("acc@0.25",))[BASE][0]
+    assert list(scores) == [METRIC]
+    with pytest.raises(ValueError, match=r"acc@0\.5"):
+        read_results(plan, ("CIDEr",))
+
+
+def test_a_metric_that_is_no_mean_of_samples_has_no_scores_per_sample(plan: Plan) -> None:
+    """As if the score file had a corpus metric of this name."""
+    file = plan.runs[0].folder / "evaluation" / "fused" / "scores-scanrefer-fused.json"
+    scores = json.loads(file.read_text())
+    scores["protocols"][PROTOCOL]["overall"]["acc@0.25"] += 0.01
+    file.write_text(json.dumps(scores))
+    assert read_results(plan)[BASE][0][METRIC].samples is None
+    row = next(row for row in compare(read_results(plan), BASE) if (row.arm, row.metric) == (BETTER, METRIC))
+    assert row.difference is not None and row.difference.method == "t"
+
+
+def test_item_scores() -> None:
+    assert item_score({"iou": 0.25}, "acc@0.25") == 1.0 and item_score({"iou": BELOW}, "acc@0.25") == 0.0
+    assert item_score({"iou": BELOW}, "acc@0.25", round_iou=True) == 1.0
+    assert item_score({"EM": 1.0}, "EM") == 1.0 and item_score({"EM": None}, "EM") is None
+    assert item_score({}, "BLEU-4") is None
+
+
+def test_arms_are_compared_with_the_baseline(plan: Plan) -> None:
+    rows = compare(read_results(plan), BASE)
+    base, better = (next(row for row in rows if (row.arm, row.metric) == (arm, METRIC)) for arm in (BASE, BETTER))
+    assert base.difference is None and base.p_holm is None
+    assert better.by_seed == pytest.approx({0: 5 / 6, 1: 5 / 6}) and base.by_seed == pytest.approx({0: 1 / 3, 1: 1 / 6})
+    assert base.mean == pytest.approx(1 / 4) and base.deviation == pytest.approx(np.std([1 / 3, 1 / 6], ddof=1))
+    assert better.difference == paired_bootstrap(differences(HITS[BETTER], HITS[BASE]), IN_SCENES)
+    expected = paired_t([1 / 2, 2 / 3])
+    assert better.over_seeds is not None and expected is not None
+    assert better.over_seeds.low == pytest.approx(expected.low)
+
+
+def test_p_is_corrected_for_all_metrics_and_arms(plan: Plan) -> None:
+    finish(plan, {"lambda_det=2": [HITS[BASE][0]]})
+    compared = [row for row in compare(read_results(plan), BASE) if row.difference is not None]
+    assert len(compared) == 2 * len({row.metric for row in compared}) >= 4
+    assert [row.p_holm for row in compared] == holm([row.difference.p for row in compared if row.difference])
+    only_common = next(row for row in compared if row.arm == "lambda_det=2" and row.metric == METRIC)
+    assert only_common.difference is not None and only_common.difference.seeds == 1
+    assert only_common.over_seeds is None and only_common.difference.p == 1.0
+
+
+def test_runs_on_different_samples_are_not_compared(plan: Plan) -> None:
+    finish(make_plan(plan.out, [{"objective.lambda_det": [2]}]), {"lambda_det=2": [[True, True]]})
+    with pytest.raises(ValueError, match="different samples"):
+        compare(read_results(plan), BASE)
+
+
+def test_files_and_table(plan: Plan, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = compare(read_results(plan), BASE)
+    content = json.loads(write_results(plan, rows, ["a failure"], 0.95).read_text())
+    assert content["baseline"] == BASE and content["failures"] == ["a failure"]
+    assert content["unfinished"] == [run.name for run in plan.runs if not plan.is_finished(run)]
+    assert content["comparisons"] == sum(row.difference is not None for row in rows)
+    arms = {arm["name"]: arm for arm in content["arms"]}
+    assert arms[BETTER]["options"] == {"objective.lambda_det": 1} and arms["lambda_det=2"]["metrics"] == {}
+    metric = arms[BETTER]["metrics"][METRIC]
+    assert metric["by_seed"] == pytest.approx({"0": 5 / 6, "1": 5 / 6}) and metric["difference"]["scenes"] == 3
+    print_results(rows, BASE, 0.95)
+    printed = capsys.readouterr().out
+    assert "83.3 ± 0.0" in printed and "+58.3 [" in printed and "25.0 ± 11.8" in printed
+
+
+def test_plots_are_one_file_without_markup_from_names(plan: Plan) -> None:
+    pytest.importorskip("plotly", reason="plotly is not installed")
+    hostile = make_plan(plan.out, [{"model.vlm": ["<script>alert(1)</script>", "b"]}])
+    finish(hostile, {arm.name: [[True, False]] for arm in hostile.arms})
+    file = write_plots(hostile, compare(read_results(hostile), hostile.baseline), 0.95)
+    assert file is not None
+    text = file.read_text()
+    assert "<script>alert" not in text and "alert(1)" in text and len(text) < 8e6
+    links = Links()
+    links.feed(text)
+    assert links.found == []

@@ -1,0 +1,81 @@
+"""Finished runs of ablations without training: a checkpoint of a few bytes, and scores of hand-made answers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hand_records import beside, camera_answer, grounding
+from w2r2_ds.diagnostics.ablation.grid import Grid, arms_of
+from w2r2_ds.diagnostics.ablation.plan import Plan, Run, evaluation_folder
+from w2r2_ds.evaluation.predictions.record import record_of
+from w2r2_ds.evaluation.resumable import write_records
+from w2r2_ds.evaluation.scoring import score_records
+from w2r2_ds.training.checkpoint.manifest import TENSORS, step_folder, write_manifest
+from w2r2_ds.utils.files import atomic_io
+
+STEPS = 2
+FUSED = {"fused": {"geometry": "fused"}}
+SCENES = ("scene0011_00", "scene0011_01", "scene0015_00")
+PROTOCOL = "scanrefer/vgllm-direct"
+
+
+def make_plan(
+    out: Path, grids: Sequence[Grid], seeds: Sequence[int] = (0,), baseline: str = "", **changes: Any
+) -> Plan:
+    """An ablation with one evaluation, `FUSED`."""
+    arms = arms_of(grids)
+    values: dict[str, Any] = {"deepspeed": "ds_configs/zero3.json", "evaluations": FUSED} | changes
+    steps = dict.fromkeys((arm.name for arm in arms), STEPS)
+    return Plan(out, ["--config=recipe.yaml"], steps, arms, seeds, baseline or arms[0].name, **values)
+
+
+def write_checkpoint(run: Path, step: int = STEPS) -> Path:
+    """Write a checkpoint without weights; returns its folder."""
+    folder = step_folder(run, step)
+    folder.mkdir(parents=True)
+    (folder / TENSORS).write_bytes(b"no weights")
+    write_manifest(folder, {"step": step}, {TENSORS: atomic_io.digest(folder / TENSORS)})
+    return folder
+
+
+def write_scores(folder: Path, hits: Sequence[bool]) -> None:
+    """Write predictions and scores of ScanRefer samples, two per scene; a hit has IoU 1, another answer IoU 0."""
+    folder.mkdir(parents=True, exist_ok=True)
+    records = []
+    for index, hit in enumerate(hits):
+        sample = grounding(ann=str(index), scene=SCENES[index // 2])
+        box = None if hit else beside(9.0)
+        records.append(record_of(sample, camera_answer(sample, box=box, decimals=9)))
+    write_records(folder / "predictions-scanrefer-fused.jsonl", records)
+    protocols = score_records(records, [PROTOCOL])
+    (folder / "scores-scanrefer-fused.json").write_text(json.dumps({"protocols": protocols}))
+
+
+def finish(plan: Plan, hits: Mapping[str, Sequence[Sequence[bool]]]) -> None:
+    """Write checkpoints and scores of runs.
+
+    Args:
+        plan: the ablation.
+        hits: arm -> per seed, whether each sample is a hit. Runs of other arms and seeds stay unfinished.
+    """
+    for run in plan.runs:
+        by_seed = hits.get(run.arm.name, [])
+        index = list(plan.seeds).index(run.seed)
+        if index < len(by_seed):
+            finish_run(run, by_seed[index])
+
+
+def finish_run(run: Run, hits: Sequence[bool]) -> None:
+    """Write the checkpoint and the scores of one run."""
+    write_checkpoint(run.folder)
+    write_scores(evaluation_folder(run, "fused"), hits)
+
+
+def differences(arm: Sequence[Sequence[bool]], base: Sequence[Sequence[bool]]) -> np.ndarray:
+    """``[seeds, samples]`` differences of hits."""
+    return np.array(arm, dtype=float) - np.array(base, dtype=float)

@@ -1,0 +1,119 @@
+"""Command lines of the runs of an ablation: on this machine, and in a Slurm job array."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from w2r2_ds.diagnostics.ablation.plan import Plan, Run
+from w2r2_ds.utils.files import atomic_io
+from w2r2_ds.utils.files.output_folder import make_folder
+
+TASKS = "slurm"
+"""Folder below OUT with the commands of each task of a Slurm array."""
+
+
+@dataclass(frozen=True)
+class Devices:
+    """Devices of one run at a time.
+
+    Attributes:
+        ranks: number of ranks.
+        gpus: value of CUDA_VISIBLE_DEVICES; empty on a machine without GPUs.
+    """
+
+    ranks: int
+    gpus: str = ""
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Environment variables of the run's processes."""
+        if self.gpus:
+            return {"CUDA_VISIBLE_DEVICES": self.gpus}
+        return {"DS_ACCELERATOR": "cpu"}
+
+
+@dataclass(frozen=True)
+class Step:
+    """A command of a run.
+
+    Attributes:
+        name: ``train``, or the name of an evaluation.
+        words: the command line.
+    """
+
+    name: str
+    words: Sequence[str]
+
+
+def remaining_steps(plan: Plan, run: Run, devices: Devices, port: Callable[[], int]) -> list[Step]:
+    """Commands that the run still needs: training if it is not finished, then all evaluations without scores.
+
+    Args:
+        plan: the ablation.
+        run: one of its runs.
+        devices: where it runs.
+        port: function that returns a free port for the launcher; its default port may be in use by another run.
+    """
+    steps = []
+    names = list(plan.evaluations) if plan.needs_training(run) else plan.missing_evaluations(run)
+    if plan.needs_training(run):
+        options = ["--deepspeed", plan.deepspeed, *plan.words_of_training(run), "--resume=auto"]
+        steps.append(Step("train", [*launcher(devices, port()), "launchers/train.py", *options]))
+    for name in names:
+        start = ["python"] if devices.ranks == 1 else launcher(devices, port())
+        steps.append(Step(name, [*start, "launchers/evaluate.py", *plan.words_of_evaluation(run, name)]))
+    return steps
+
+
+def launcher(devices: Devices, port: int) -> list[str]:
+    """Start of a command line that runs a script on the devices of a run."""
+    # With CUDA_VISIBLE_DEVICES the launcher starts a rank per GPU, and ignores the variable if --num_gpus is given.
+    ranks = [] if devices.gpus else ["--num_gpus", str(devices.ranks)]
+    return ["deepspeed", *ranks, "--master_port", str(port)]
+
+
+def write_array(plan: Plan) -> list[Path]:
+    """Write the commands of every run for slurm/ablate.sbatch, which needs no Python; returns the files, by task.
+
+    A file has a command per line, its words separated by tabs: ``train`` and options, then ``evaluate``, the folder of
+    its scores, and options.
+
+    Raises:
+        ValueError: a word contains a tab or a newline.
+    """
+    folder = plan.out / TASKS
+    make_folder(folder)
+    for old in folder.glob("task-*.txt"):
+        old.unlink()  # of an earlier command with more runs
+    files = []
+    for index, run in enumerate(plan.runs):
+        lines = [["train", "--deepspeed", plan.deepspeed, *plan.words_of_training(run)]]
+        for name in plan.evaluations:
+            lines.append(["evaluate", str(run.folder / "evaluation" / name), *plan.words_of_evaluation(run, name)])
+        for word in (word for line in lines for word in line):
+            if not word or any(character in word for character in "\t\n"):
+                raise ValueError(f"--slurm: the option {word!r} is empty or contains a tab or a newline.")
+        files.append(folder / f"task-{index}.txt")
+        atomic_io.replace(files[-1], "".join("\t".join(line) + "\n" for line in lines))
+    return files
+
+
+def array_command(plan: Plan) -> str:
+    """The sbatch command of the array."""
+    tasks = ",".join(str(index) for index, run in enumerate(plan.runs) if not plan.is_finished(run))
+    return shlex.join(["sbatch", f"--array={compact(tasks)}", "slurm/ablate.sbatch", str(plan.out)])
+
+
+def compact(tasks: str) -> str:
+    """Consecutive numbers of a comma-separated list as ranges, as sbatch reads them: ``0,1,2,5`` -> ``0-2,5``."""
+    numbers = [int(number) for number in tasks.split(",") if number]
+    ranges: list[list[int]] = []
+    for number in numbers:
+        if ranges and ranges[-1][1] == number - 1:
+            ranges[-1][1] = number
+        else:
+            ranges.append([number, number])
+    return ",".join(str(low) if low == high else f"{low}-{high}" for low, high in ranges)

@@ -1,0 +1,165 @@
+"""Runs of an ablation and their folders; which of them are finished.
+
+OUT/ablation.json                    what all runs share; a later command with another value is an error
+    runs/ARM/seed-S/                 a run of launchers/train.py, and log.txt, the output of its commands
+    runs/ARM/seed-S/evaluation/NAME  scores and predictions of launchers/evaluate.py
+    results.json, plots.html         the comparison of the arms
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from w2r2_ds.diagnostics.ablation.grid import Arm, option_words
+from w2r2_ds.training.checkpoint.manifest import is_newer, is_trained, newest
+from w2r2_ds.utils.files import atomic_io
+from w2r2_ds.utils.files.json_io import read_json_object
+from w2r2_ds.utils.files.output_folder import make_folder
+
+IDENTITY = "ablation.json"
+EVALUATIONS = {"fused": {"geometry": "fused"}, "zero": {"geometry": "zero"}}
+"""Default evaluations of every run: name -> options of launchers/evaluate.py."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run and its evaluations.
+
+    Attributes:
+        arm: the arm that it belongs to.
+        seed: value of `train.seed`.
+        folder: its folder.
+    """
+
+    arm: Arm
+    seed: int
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        """Arm and seed, for messages."""
+        return f"{self.arm.name} seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An ablation: what is trained and evaluated.
+
+    Attributes:
+        out: folder of the ablation.
+        train_words: options of launchers/train.py that all runs share, with ``--config``.
+        steps: arm name -> number of optimizer steps (`train.steps`).
+        arms: arms in the order of the table.
+        seeds: seeds of every arm.
+        baseline: name of the arm that the others are compared with.
+        deepspeed: DeepSpeed JSON.
+        evaluations: name -> options of launchers/evaluate.py, without their dashes.
+        plugins: files and modules for ``--plugin``.
+    """
+
+    out: Path
+    train_words: Sequence[str]
+    steps: Mapping[str, int]
+    arms: Sequence[Arm]
+    seeds: Sequence[int]
+    baseline: str
+    deepspeed: str
+    evaluations: Mapping[str, Mapping[str, Any]]
+    plugins: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        """Check names and seeds."""
+        names = [arm.name for arm in self.arms]
+        if self.baseline not in names:
+            raise ValueError(f"--baseline is {self.baseline!r}; the arms are {', '.join(names)}.")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
+            raise ValueError(f"--seeds is {list(self.seeds)}; it must be different numbers, none below 0.")
+        for name in self.evaluations:
+            if not re.fullmatch(r"[\w.+=-]+", name, flags=re.ASCII) or name.startswith("."):
+                raise ValueError(f"--evaluations: {name!r} is the name of a folder; use letters, digits, - and _.")
+
+    @property
+    def runs(self) -> list[Run]:
+        """All runs, ordered by seed, so that a partial table has all arms."""
+        return [
+            Run(arm, seed, self.out / "runs" / arm.folder / f"seed-{seed}") for seed in self.seeds for arm in self.arms
+        ]
+
+    def words_of_training(self, run: Run) -> list[str]:
+        """Options of launchers/train.py, without the DeepSpeed JSON and ``--resume``."""
+        own = [*option_words(run.arm.options), f"--train.seed={run.seed}", f"--out={run.folder}"]
+        return [*self._plugin_words(), *self.train_words, *own]
+
+    def words_of_evaluation(self, run: Run, name: str) -> list[str]:
+        """Options of launchers/evaluate.py."""
+        options = [f"--{option}={value}" for option, value in self.evaluations[name].items()]
+        paths = [f"--checkpoint={run.folder}", f"--out={evaluation_folder(run, name)}"]
+        return [*self._plugin_words(), *paths, *options]
+
+    def needs_training(self, run: Run) -> bool:
+        """Whether the run has no checkpoint of its last step."""
+        return not is_trained(run.folder, self.steps[run.arm.name])
+
+    def missing_evaluations(self, run: Run) -> list[str]:
+        """Names of the evaluations of a trained run without scores that are at least as new as its checkpoint."""
+        checkpoint = newest(run.folder)
+        return [
+            name
+            for name in self.evaluations
+            if checkpoint is None or not any(is_newer(file, checkpoint) for file in score_files(run, name))
+        ]
+
+    def is_finished(self, run: Run) -> bool:
+        """Whether the run is trained and evaluated."""
+        return not self.needs_training(run) and not self.missing_evaluations(run)
+
+    def _plugin_words(self) -> list[str]:
+        return [f"--plugin={plugin}" for plugin in self.plugins]
+
+
+def evaluation_folder(run: Run, name: str) -> Path:
+    """Folder of one evaluation of a run."""
+    return run.folder / "evaluation" / name
+
+
+def score_files(run: Run, name: str) -> list[Path]:
+    """Score files of one evaluation of a run: one, or none."""
+    return sorted(evaluation_folder(run, name).glob("scores-*.json"))
+
+
+def check_identity(out: Path, shared: Mapping[str, Any], evaluations: Mapping[str, Mapping[str, Any]]) -> None:
+    """Compare what all runs share with that of the runs that `out` has, and write it; arms and seeds may be added.
+
+    Args:
+        out: folder of the ablation.
+        shared: dotted option or name -> value, equal for all runs.
+        evaluations: name -> options; others than those of an earlier command may be added.
+
+    Raises:
+        ValueError: a value differs, so that the runs would not be comparable; the message names it.
+    """
+    file = out / IDENTITY
+    wanted = json.loads(json.dumps({"shared": shared, "evaluations": evaluations}))  # tuples become lists, as read
+    if file.is_file():
+        found = read_json_object(file)
+        for name in dict.fromkeys([*wanted["shared"], *found["shared"]]):
+            old, new = found["shared"].get(name), wanted["shared"].get(name)
+            if old != new:
+                raise ValueError(
+                    f"{file}: {name} was {old!r} and is {new!r} now, so the runs would not be comparable; pass another "
+                    "--out, or the old value."
+                )
+        for name, options in wanted["evaluations"].items():
+            if found["evaluations"].get(name, options) != options:
+                raise ValueError(
+                    f"{file}: the evaluation {name} had other options ({found['evaluations'][name]}); choose another "
+                    "name for it."
+                )
+        wanted["evaluations"] = found["evaluations"] | wanted["evaluations"]
+    make_folder(out)
+    atomic_io.replace(file, json.dumps(wanted, indent=2) + "\n")

@@ -1,0 +1,145 @@
+"""Scores of all finished runs of an ablation, per seed and per sample."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from w2r2_ds.diagnostics.ablation.plan import Plan, Run, score_files
+from w2r2_ds.evaluation.protocols.records import IOU_DECIMALS
+from w2r2_ds.evaluation.scoring import headline, score_records
+from w2r2_ds.utils.files.json_io import read_json_object, read_jsonl
+
+logger = logging.getLogger(__name__)
+
+EQUAL = 1e-9
+"""Largest difference of a metric and the mean of its scores per sample; both are sums of the same numbers."""
+
+
+@dataclass(frozen=True)
+class SampleScores:
+    """Scores of single samples, whose mean is the metric.
+
+    Attributes:
+        ids: sample ids.
+        scenes: scene of each sample.
+        values: ``[samples]`` float64.
+    """
+
+    ids: tuple[str, ...]
+    scenes: tuple[str, ...]
+    values: np.ndarray
+
+
+@dataclass(frozen=True)
+class Score:
+    """A metric of one run.
+
+    Attributes:
+        value: the metric, a fraction, or on its own scale.
+        samples: scores per sample; None if the metric is not their mean, as BLEU, or cannot be computed per sample.
+    """
+
+    value: float
+    samples: SampleScores | None
+
+
+RunScores = dict[str, Score]
+"""``EVALUATION PROTOCOL METRIC`` -> score."""
+
+
+def read_results(plan: Plan, metrics: tuple[str, ...] = ()) -> dict[str, dict[int, RunScores]]:
+    """Arm name -> seed -> scores of the finished evaluations of trained runs.
+
+    Args:
+        plan: the ablation.
+        metrics: parts of metric names; only metrics that contain one of them are read. Empty for all.
+
+    Raises:
+        ValueError: a score file cannot be read, or no metric has one of the parts.
+    """
+    results: dict[str, dict[int, RunScores]] = {arm.name: {} for arm in plan.arms}
+    found: set[str] = set()
+    for run in plan.runs:
+        if plan.needs_training(run):
+            continue
+        scores: RunScores = {}
+        missing = set(plan.missing_evaluations(run))
+        for name in plan.evaluations:
+            if name not in missing:
+                scores |= read_scores(run, name, metrics, found)
+        if scores:
+            results[run.arm.name][run.seed] = scores
+    if metrics and found and not any(results.values()):
+        raise ValueError(
+            f"--metrics {' '.join(metrics)}: no metric contains this; they are {', '.join(sorted(found))}."
+        )
+    return results
+
+
+def read_scores(run: Run, name: str, metrics: tuple[str, ...], found: set[str]) -> RunScores:
+    """Scores of one evaluation of a run; the names of all its metrics are added to `found`."""
+    (file,) = score_files(run, name)
+    results = read_json_object(file)["protocols"]
+    scores: RunScores = {}
+    wanted: dict[str, dict[str, float]] = {}
+    for protocol, result in results.items():
+        for full, value in headline({protocol: result}).items():
+            found.add(f"{name} {full}")
+            if value is not None and (not metrics or any(part in f"{name} {full}" for part in metrics)):
+                wanted.setdefault(protocol, {})[full.removeprefix(f"{protocol} ")] = value
+    for protocol, values in wanted.items():
+        samples = sample_scores(file, protocol, values)
+        for metric, value in values.items():
+            scores[f"{name} {protocol} {metric}"] = Score(value, samples.get(metric))
+    return scores
+
+
+def sample_scores(file: Path, protocol: str, values: Mapping[str, float]) -> dict[str, SampleScores]:
+    """Metric -> scores per sample, for those metrics that are their mean.
+
+    The predictions beside the score file are scored again.
+
+    Args:
+        file: score file, ``scores-TASK-GEOMETRY.json``.
+        protocol: full name of the protocol.
+        values: metric -> value in the score file.
+    """
+    predictions = file.with_name(file.name.replace("scores-", "predictions-", 1)).with_suffix(".jsonl")
+    records = [record for _, record in read_jsonl(predictions)]
+    try:
+        items: Mapping[str, Mapping[str, Any]] = score_records(records, [protocol], items=True)[protocol].get(
+            "items", {}
+        )
+    except ValueError as error:  # such as a protocol that needs detected boxes, which the score file does not name
+        logger.warning("%s: no scores per sample (%s)", predictions, error)
+        return {}
+    ids = tuple(record["id"] for record in records)
+    scenes = tuple(record["scene_id"] for record in records)
+    if set(items) != set(ids):  # Scan2Cap's items are captions of objects
+        return {}
+    result = {}
+    for metric, value in values.items():
+        for round_iou in (False, True):  # protocols differ; the right one gives the metric
+            scores = [item_score(items[sample], metric, round_iou) for sample in ids]
+            if any(score is None for score in scores):
+                break
+            array = np.array(scores, dtype=np.float64)
+            if abs(array.mean() - value) <= EQUAL:
+                result[metric] = SampleScores(ids, scenes, array)
+                break
+    return result
+
+
+def item_score(item: Mapping[str, Any], metric: str, round_iou: bool = False) -> float | None:
+    """A metric of one sample: the value with its name, or for ``acc@k`` whether the IoU is at least k; else None."""
+    value = item.get(metric)
+    if value is None and metric.startswith("acc@") and "iou" in item:
+        iou = round(item["iou"], IOU_DECIMALS) if round_iou else item["iou"]
+        return float(iou >= float(metric.removeprefix("acc@")))
+    return float(value) if isinstance(value, int | float) else None
