@@ -19,9 +19,10 @@ from w2r2_ds.demo.tiny_models import build_tiny_vlm
 from w2r2_ds.models.build import build_model
 from w2r2_ds.models.merger import GeometryMerger
 from w2r2_ds.models.merger_io import MERGER
+from w2r2_ds.models.vggt.config import VGGTConfig
 from w2r2_ds.models.vggt.encoder import VGGTEncoder
 from w2r2_ds.models.vggt.loading import load_vggt
-from w2r2_ds.models.vggt.model import VGGT, VGGTConfig
+from w2r2_ds.models.vggt.model import VGGT
 from w2r2_ds.models.weights.loading import load_model_config, load_tokenizer, load_vision_spec, load_vlm
 from w2r2_ds.utils.files.safetensors_io import INDEX, WEIGHTS
 

@@ -77,8 +77,13 @@ def is_aggregator(record: dict[str, Any]) -> bool:
     return "cases" in record and "param/aggregator.camera_token" in record.get("tensors", {})
 
 
+def is_vggt_heads(record: dict[str, Any]) -> bool:
+    """Outputs of VGGT's heads on recorded tokens, with their weights."""
+    return "param/camera_head.empty_pose_tokens" in record.get("tensors", {}) and "input" in record
+
+
 def is_geometry_misc(record: dict[str, Any]) -> bool:
-    """Rotary embeddings and position embeddings of VGGT."""
+    """Rotary embeddings, position embeddings, pose encodings and unprojected depth of VGGT."""
     return any(key.startswith(("rope/out/", "pos_embed/out/")) for key in record.get("tensors", {}))
 
 

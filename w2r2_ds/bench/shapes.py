@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from w2r2_ds.models.vggt.model import VGGTConfig
+from w2r2_ds.models.vggt.config import VGGTConfig
 
 PATCH, MERGE = 14, 2
 """Side of a patch of both towers in pixels; patches per side that the VLM's tower merges into a token."""

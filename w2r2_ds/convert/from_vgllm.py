@@ -30,9 +30,10 @@ from w2r2_ds.config.schema import ModelConfig
 from w2r2_ds.models.family import find_family
 from w2r2_ds.models.merger import GeometryMerger
 from w2r2_ds.models.merger_io import MERGER
+from w2r2_ds.models.vggt.config import VGGTConfig
 from w2r2_ds.models.vggt.encoder import REFERENCE_FRAMES
 from w2r2_ds.models.vggt.loading import CONFIG, HEAD_PREFIXES, save_vggt
-from w2r2_ds.models.vggt.model import VGGT, VGGTConfig
+from w2r2_ds.models.vggt.model import VGGT
 from w2r2_ds.models.weights.loading import load_tokenizer, load_vision_spec, meta_model
 from w2r2_ds.utils.files.json_io import read_json_object
 from w2r2_ds.utils.files.output_folder import new_folder

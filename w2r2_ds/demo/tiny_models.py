@@ -18,8 +18,9 @@ from transformers import (
     Qwen2Tokenizer,
 )
 
+from w2r2_ds.models.vggt.config import VGGTConfig
 from w2r2_ds.models.vggt.loading import save_vggt
-from w2r2_ds.models.vggt.model import VGGT, VGGTConfig
+from w2r2_ds.models.vggt.model import VGGT
 from w2r2_ds.models.weights.loading import without_zero3_init
 
 # In the order of Qwen2.5-VL's tokenizer, where <|endoftext|> has id 151643.

@@ -10,9 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from w2r2_ds.models.vggt.config import VGGTConfig
 from w2r2_ds.models.vggt.encoder import VGGTEncoder
 from w2r2_ds.models.vggt.loading import CONFIG, load_vggt, save_vggt
-from w2r2_ds.models.vggt.model import VGGT, VGGTConfig
+from w2r2_ds.models.vggt.model import VGGT
 from w2r2_ds.utils.files.safetensors_io import INDEX, WEIGHTS
 
 PUBLIC_KEYS = Path(__file__).parents[2] / "golden" / "vggt" / "vggt_1b_state_dict_keys.json"

@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from golden_files import Golden, find, is_aggregator, is_geometry_misc
+from w2r2_ds.models.vggt.config import VGGTConfig
 from w2r2_ds.models.vggt.dinov2 import resample_position_table
 from w2r2_ds.models.vggt.layers import grid_positions, rotary_table, rotate
-from w2r2_ds.models.vggt.model import PIXEL_MEAN, PIXEL_STD, VGGT, Aggregator, VGGTConfig
+from w2r2_ds.models.vggt.model import PIXEL_MEAN, PIXEL_STD, VGGT, Aggregator
 
 pytestmark = pytest.mark.golden
 

@@ -12,8 +12,9 @@ from w2r2_ds.config.schema import GeometryConfig
 from w2r2_ds.models.attention.sdpa_backends import cudnn_sdpa
 from w2r2_ds.models.flops import attention, products
 from w2r2_ds.models.geometry_encoder import GeometryEncoder, register_geometry_encoder
+from w2r2_ds.models.vggt.config import HEAD_SIZES, VGGTConfig
 from w2r2_ds.models.vggt.loading import HEAD_PREFIXES, load_vggt, locate, read_config
-from w2r2_ds.models.vggt.model import VGGT, VGGTConfig
+from w2r2_ds.models.vggt.model import VGGT
 from w2r2_ds.models.weights.weights_hash import tensors_digest
 from w2r2_ds.types.geometry import GeometrySpec
 from w2r2_ds.utils.files.safetensors_io import weight_files
@@ -53,7 +54,9 @@ class VGGTEncoder(GeometryEncoder):
     def identity(cls, config: GeometryConfig) -> Mapping[str, Any]:
         folder = locate(config.path)
         weights = tensors_digest(weight_files(folder), exclude=HEAD_PREFIXES)
-        return {"config": read_config(folder).to_dict(), "weights": weights}
+        # Heads have no influence on the features.
+        sizes = {key: value for key, value in read_config(folder).to_dict().items() if key not in HEAD_SIZES}
+        return {"config": sizes, "weights": weights}
 
     @classmethod
     def load(cls, config: GeometryConfig, dtype: torch.dtype, device: torch.device) -> VGGTEncoder:

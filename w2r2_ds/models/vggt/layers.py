@@ -82,15 +82,21 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Linear, GELU (exact, not the tanh approximation), Linear."""
+    """Linear, GELU (exact, not the tanh approximation), Linear.
 
-    def __init__(self, dim: int, hidden: int) -> None:
+    Args:
+        dim: width of the input.
+        hidden: width after the first linear layer.
+        out: width of the output; `dim` by default.
+    """
+
+    def __init__(self, dim: int, hidden: int, out: int | None = None) -> None:
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden)
-        self.fc2 = nn.Linear(hidden, dim)
+        self.fc2 = nn.Linear(hidden, out or dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """``[..., dim]`` -> the same shape."""
+        """``[..., dim]`` -> ``[..., out]``."""
         return self.fc2(F.gelu(self.fc1(x)))
 
 

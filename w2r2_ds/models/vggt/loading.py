@@ -5,40 +5,44 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from w2r2_ds.models.vggt.model import VGGT, VGGTConfig
+from w2r2_ds.models.vggt.config import HEAD_SIZES, HEAD_SWITCHES, Head, VGGTConfig
+from w2r2_ds.models.vggt.model import VGGT
 from w2r2_ds.utils.files.json_io import read_json_object
 from w2r2_ds.utils.files.safetensors_io import INDEX, WEIGHTS, weight_files
 
 CONFIG = "config.json"
 HEAD_PREFIXES = ("camera_head.", "point_head.", "depth_head.", "track_head.")
-"""Prefixes of the weights of the heads, which are not loaded."""
+"""Prefixes of the weights of heads, which are loaded only on request (those of ``track_head`` never)."""
 FLOATS = ("F64", "F32", "F16", "BF16")
 """Supported dtypes of weights, in the notation of safetensors."""
 
 
-def load_vggt(source: str | Path) -> VGGT:
+def load_vggt(source: str | Path, heads: Collection[Head] = ()) -> VGGT:
     """Load a VGGT with float32 weights, on the CPU, in eval mode.
 
     Args:
         source: directory with ``config.json`` and ``model.safetensors`` (or shards and their index), or the id of a
             Hugging Face Hub repository such as ``facebook/VGGT-1B``.
+        heads: heads to load besides the aggregator (`HEADS` for all). The weights of others are not read.
 
     Raises:
-        ValueError: there is no such directory or repository, a file is missing or damaged, or a weight is missing,
-            unknown or of another shape.
+        ValueError: there is no such directory or repository, a file is missing or damaged, a weight is missing,
+            unknown or of another shape, or the directory has no such head.
     """
     directory = locate(source)
     config = read_config(directory)
+    if heads:
+        _check_heads(directory / CONFIG, config, heads)
     # On the meta device: no memory, and no random initialisation that the weights would overwrite.
     with torch.device("meta"):
-        model = VGGT(config)
+        model = VGGT(config, heads)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     state: dict[str, torch.Tensor] = {}
     for file in weight_files(directory):
@@ -57,7 +61,10 @@ def load_vggt(source: str | Path) -> VGGT:
 
 
 def save_vggt(vggt: VGGT, directory: str | Path) -> None:
-    """Write ``config.json`` and ``model.safetensors``, each atomically; the directory is created if needed."""
+    """Write ``config.json`` and ``model.safetensors``, each atomically; the directory is created if needed.
+
+    Heads are written if the model has them, and ``config.json`` has the public code's switch of each head.
+    """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in vggt.state_dict().items()}
@@ -65,7 +72,9 @@ def save_vggt(vggt: VGGT, directory: str | Path) -> None:
     save_file(tensors, temporary, metadata={"format": "pt"})
     os.replace(temporary, directory / WEIGHTS)
     temporary = directory / f".{CONFIG}.{os.getpid()}"
-    temporary.write_text(json.dumps(vggt.config.to_dict(), indent=2) + "\n")
+    values = {key: value for key, value in vggt.config.to_dict().items() if vggt.heads or key not in HEAD_SIZES}
+    values |= dict.fromkeys(HEAD_SWITCHES, False) | {_switch(head): True for head in vggt.heads}
+    temporary.write_text(json.dumps(values, indent=2) + "\n")
     os.replace(temporary, directory / CONFIG)
 
 
@@ -111,10 +120,15 @@ def locate(source: str | Path) -> Path:
 
 
 def _read(file: Path, expected: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
-    """Read the tensors of one file except those of heads, as float32, after a check of all names, shapes and dtypes."""
+    """Read the tensors of one file as float32, after a check of all names, shapes and dtypes.
+
+    Weights of heads that the model does not have are skipped.
+    """
+    modules = {name.split(".")[0] for name in expected}
     try:
         with safe_open(file, framework="pt") as opened:
-            names = [name for name in opened.keys() if not name.startswith(HEAD_PREFIXES)]  # noqa: SIM118
+            stored = opened.keys()
+            names = [name for name in stored if name.split(".")[0] in modules or not name.startswith(HEAD_PREFIXES)]
             unknown = [name for name in names if name not in expected]
             if unknown:
                 raise ValueError(f"{file} holds {_first(unknown)}, which this VGGT does not have; check {CONFIG}.")
@@ -130,6 +144,22 @@ def _read(file: Path, expected: dict[str, tuple[int, ...]]) -> dict[str, torch.T
             return {name: opened.get_tensor(name).float() for name in names}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{file} cannot be read ({error}); it is damaged or incomplete: fetch it again.") from error
+
+
+def _check_heads(path: Path, config: VGGTConfig, heads: Collection[Head]) -> None:
+    """Raise ValueError if ``config.json`` excludes one of `heads` or has sizes of which no head can be built."""
+    values = read_json_object(path)
+    if absent := [_switch(head) for head in heads if values.get(_switch(head)) is False]:
+        raise ValueError(f"{path}: {', '.join(absent)} is false: these weights have no such head.")
+    try:
+        config.check_heads()
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _switch(head: Head) -> str:
+    """The field of ``config.json`` for one head."""
+    return f"enable_{head}"
 
 
 def _first(names: Iterable[str]) -> str:

@@ -1,110 +1,29 @@
-"""VGGT's aggregator (J. Wang et al., "VGGT: Visual Geometry Grounded Transformer", CVPR 2025, arXiv 2503.11651).
+"""VGGT (J. Wang et al., "VGGT: Visual Geometry Grounded Transformer", CVPR 2025, arXiv 2503.11651).
 
 DINOv2 turns every frame into patch tokens. A camera token and register tokens are prepended to those of each frame.
 Blocks with attention within a frame alternate with blocks with attention over all frames (alternating attention,
-section 3.2 of the paper). The heads for cameras, depth, points and tracks are not built; `models/vggt/loading.py` skips
-their weights. Parameters have the names of the public checkpoint.
+section 3.2 of the paper). These are the aggregator, which is all that a geometry encoder needs. The heads for cameras,
+depth and points are built only on request; the head for tracks is not implemented. Parameters have the names of the
+public checkpoint.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Collection, Sequence
 
 import torch
-from pydantic import ConfigDict, NonNegativeFloat, NonNegativeInt, PositiveInt, ValidationError
-from pydantic.dataclasses import dataclass
 from torch import nn
 
 from w2r2_ds.models.frame_pixels import per_channel
+from w2r2_ds.models.vggt.camera_head import CameraHead
+from w2r2_ds.models.vggt.config import HEADS, Head, VGGTConfig
 from w2r2_ds.models.vggt.dinov2 import DinoViT
+from w2r2_ds.models.vggt.dpt_head import DPTHead, signed_expm1
 from w2r2_ds.models.vggt.layers import Block, PatchProjection, RotaryTable, grid_positions, rotary_table
 
 PIXEL_MEAN = (0.485, 0.456, 0.406)
 PIXEL_STD = (0.229, 0.224, 0.225)
 EPS = 1e-5
-
-VIT_LARGE = "dinov2_vitl14_reg"
-"""The public code's value of `patch_embed` for the 1B model; the same as ``dinov2`` with the default sizes."""
-HEAD_SWITCHES = ("enable_camera", "enable_point", "enable_depth", "enable_track")
-"""Fields of the public code's configuration that enable heads."""
-BLOCK_ORDER = {"aa_order": ["frame", "global"], "aa_block_size": 1}
-"""Fields of the public code's configuration for the order of the blocks, and their only supported values."""
-
-
-@dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True))
-class VGGTConfig:
-    """Sizes of a VGGT; the defaults are those of the public 1B model.
-
-    Attributes:
-        img_size: side in pixels of the square images of the ViT's learned position table.
-        patch_size: side of a patch in pixels; height and width of a frame must be multiples of it.
-        embed_dim: width of a token; a feature has twice as many channels.
-        depth: number of layers, each of one frame block and one global block.
-        num_heads: attention heads of the frame and global blocks.
-        mlp_ratio: hidden width of their MLPs divided by `embed_dim`.
-        num_register_tokens: register tokens per frame, in the aggregator and in the ViT.
-        qk_norm: LayerNorm on queries and keys of the frame and global blocks.
-        rope_freq: base of their rotary position embeddings; 0 for none.
-        patch_embed: ``"dinov2"`` (a ViT) or ``"conv"`` (one convolution).
-        vit_depth: transformer blocks of the ViT.
-        vit_num_heads: its attention heads.
-        vit_mlp_ratio: hidden width of its MLPs divided by `embed_dim`.
-    """
-
-    img_size: PositiveInt = 518
-    patch_size: PositiveInt = 14
-    embed_dim: PositiveInt = 1024
-    depth: PositiveInt = 24
-    num_heads: PositiveInt = 16
-    mlp_ratio: NonNegativeFloat = 4.0
-    num_register_tokens: NonNegativeInt = 4
-    qk_norm: bool = True
-    rope_freq: NonNegativeFloat = 100
-    patch_embed: Literal["dinov2", "conv"] = "dinov2"
-    vit_depth: PositiveInt = 24
-    vit_num_heads: PositiveInt = 16
-    vit_mlp_ratio: NonNegativeFloat = 4.0
-
-    def __post_init__(self) -> None:
-        if self.img_size % self.patch_size:
-            raise ValueError(f"img_size {self.img_size} must be a multiple of patch_size {self.patch_size}")
-        if self.embed_dim % (4 * self.num_heads):
-            raise ValueError(f"embed_dim {self.embed_dim} must be a multiple of 4 * num_heads = {4 * self.num_heads}")
-        if self.patch_embed == "dinov2" and self.embed_dim % self.vit_num_heads:
-            raise ValueError(f"vit_num_heads {self.vit_num_heads} must divide embed_dim {self.embed_dim}")
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> VGGTConfig:
-        """Make a configuration from the fields of a ``config.json``; missing fields have the values of the 1B model.
-
-        Fields of the public code that enable heads are ignored, and its name of the ViT is replaced by ``dinov2``.
-
-        Raises:
-            ValueError: a field is unknown, or a value is out of range.
-        """
-        fields = {key: value for key, value in values.items() if key not in HEAD_SWITCHES}
-        for key, supported in BLOCK_ORDER.items():
-            if fields.pop(key, supported) != supported:
-                raise ValueError(f"VGGT config: {key} is {values[key]!r}; only {supported!r} is supported.")
-        if fields.get("patch_embed") == VIT_LARGE:
-            fields["patch_embed"] = "dinov2"
-        try:
-            return cls(**fields)
-        except ValidationError as failure:
-            error = failure.errors()[0]
-            field = "".join(f"{name!r}: " for name in error["loc"])
-            raise ValueError(f"VGGT config: {field}{error['msg']}.") from None
-
-    def to_dict(self) -> dict[str, Any]:
-        """The configuration as a dictionary, the inverse of `from_dict`."""
-        return dataclasses.asdict(self)
-
-    @property
-    def special_tokens(self) -> int:
-        """Number of tokens before the patches of a frame: one camera token and the registers."""
-        return 1 + self.num_register_tokens
 
 
 class Aggregator(nn.Module):
@@ -228,13 +147,43 @@ def _blocks(config: VGGTConfig) -> nn.ModuleList:
 
 
 class VGGT(nn.Module):
-    """VGGT without heads: the aggregator, with the parameter names of the public checkpoint.
+    """The aggregator and the requested heads, with the parameter names of the public checkpoint.
+
+    `models/vggt/predictions.py` runs the heads.
 
     Args:
         config: sizes.
+        heads: heads to build; none for a geometry encoder.
+
+    Raises:
+        ValueError: a head does not exist, or its sizes do not fit (see `VGGTConfig.check_heads`).
     """
 
-    def __init__(self, config: VGGTConfig) -> None:
+    def __init__(self, config: VGGTConfig, heads: Collection[Head] = ()) -> None:
         super().__init__()
+        if unknown := set(heads) - set(HEADS):
+            raise ValueError(f"VGGT has no head {', '.join(sorted(unknown))}; there are {', '.join(HEADS)}.")
+        if heads:
+            config.check_heads()
         self.config = config
         self.aggregator = Aggregator(config)
+        self.camera_head = _camera_head(config) if "camera" in heads else None
+        self.depth_head = _dpt_head(config, 1, torch.exp) if "depth" in heads else None
+        self.point_head = _dpt_head(config, 3, signed_expm1) if "point" in heads else None
+
+    @property
+    def heads(self) -> tuple[Head, ...]:
+        """The heads that were built."""
+        return tuple(head for head in HEADS if getattr(self, f"{head}_head") is not None)
+
+
+def _camera_head(config: VGGTConfig) -> CameraHead:
+    """The camera head on the tokens of the last layer."""
+    return CameraHead(2 * config.embed_dim, config.camera_trunk_depth, config.camera_num_heads)
+
+
+def _dpt_head(config: VGGTConfig, outputs: int, activation: Callable[[torch.Tensor], torch.Tensor]) -> DPTHead:
+    """A head with `outputs` values per pixel on the patch tokens of `dpt_layers`."""
+    return DPTHead(
+        2 * config.embed_dim, config.patch_size, outputs, activation, config.dpt_features, config.dpt_out_channels
+    )
