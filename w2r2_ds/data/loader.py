@@ -137,14 +137,28 @@ def train_loader(
     )
 
 
-def decode_gap_loader(
-    samples: Sequence[Sample], frontend: VlmFrontend, config: DataConfig, batch_size: int
+def labeled_loader(
+    samples: Sequence[Sample],
+    frontend: VlmFrontend,
+    config: DataConfig,
+    batch_size: int,
+    with_prompts: bool = False,
+    typical: TypicalBox | None = None,
 ) -> ReraisingDataLoader[Batch]:
-    """Loader of batches with answers and prompts, samples in order, to compare teacher-forced and decoded answers."""
+    """Loader of batches with answers, samples in order; for measurements on fixed samples.
+
+    Args:
+        samples: samples with answers.
+        frontend: tokenizer, vision and geometry specs, feature cache.
+        config: data configuration.
+        batch_size: samples per batch.
+        with_prompts: also make `Batch.prompts`, to decode answers.
+        typical: typical box of the training set, to make `Batch.anchors`; None for batches without.
+    """
     return ReraisingDataLoader(
         SampleDataset(samples, make_processor(frontend, config), with_answer=True),
         batch_size=batch_size,
-        collate_fn=make_collate(frontend, config, with_prompts=True, pad_to_multiple_of=LENGTH_MULTIPLE),
+        collate_fn=make_collate(frontend, config, with_prompts, pad_to_multiple_of=LENGTH_MULTIPLE, typical=typical),
         generator=torch.Generator(),
     )
 

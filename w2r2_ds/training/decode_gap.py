@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from w2r2_ds.config.schema import RunConfig
-from w2r2_ds.data.loader import decode_gap_loader
+from w2r2_ds.data.loader import labeled_loader
 from w2r2_ds.models.build import VlmFrontend
 from w2r2_ds.training.validation import draw_subset, rank_subset
 from w2r2_ds.types.sample import Sample
@@ -38,7 +38,7 @@ class DecodeGap:
         self.count, self.device = len(chosen), device
         self.subset = rank_subset(len(chosen), micro_batch, rank, world_size)
         own = [samples[chosen[index]] for index in self.subset.indices]
-        self.loader = decode_gap_loader(own, frontend, config.data, micro_batch)
+        self.loader = labeled_loader(own, frontend, config.data, micro_batch, with_prompts=True)
 
     @torch.no_grad()
     def measure(self, engine: DeepSpeedEngine) -> dict[str, float]:
