@@ -55,8 +55,8 @@ def test_cka_of_constant_vectors_is_undefined(rng: np.random.Generator) -> None:
 def test_centroid_distance_is_in_units_of_the_spread() -> None:
     """Corners of a square: 1 from the mean. The second one is moved by 3, or is twice as large."""
     square = np.array([[1.0, 0], [0, 1], [-1, 0], [0, -1]])
-    assert centroid_distance(square, square + [3, 0]) == pytest.approx(3)
-    assert centroid_distance(square, 2 * square + [3, 0]) == pytest.approx(3 / np.sqrt((1 + 4) / 2))
+    assert centroid_distance(square, square + np.array([3, 0])) == pytest.approx(3)
+    assert centroid_distance(square, 2 * square + np.array([3, 0])) == pytest.approx(3 / np.sqrt((1 + 4) / 2))
     assert centroid_distance(square, square) == 0
     assert np.isnan(centroid_distance(square * 0, square * 0 + 1))
 

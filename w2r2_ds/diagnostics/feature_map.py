@@ -1,8 +1,8 @@
 """Feature map (Fig. 1 of the paper): how 2D tokens, geometry tokens and fused tokens lie in the feature space.
 
-The picture is a t-SNE of all three; the numbers (`representation.py`) do not depend on it. Per decoder layer, the visual
-tokens of the fused pass are compared with those of the 2D-only pass: the first layer at which they are equal again has
-lost the geometry.
+The picture is a t-SNE of all three; the numbers (`representation.py`) do not depend on it. Per decoder layer, the
+visual tokens of the fused pass are compared with those of the 2D-only pass: the first layer at which they are equal
+again has lost the geometry.
 """
 
 from __future__ import annotations
@@ -97,9 +97,7 @@ def feature_map(
         raise ValueError(f"The feature map needs scikit-learn, which {problem}: pip install 'w2r2-ds[diagnostics]'.")
     chosen = with_different_frames(samples, options.samples, options.seed)
     # One sequence per sample, so that every frame set belongs to one sample.
-    loader = labeled_loader(
-        chosen, frontend, replace(config, questions_per_scene=1, packing=False), options.batch_size
-    )
+    loader = labeled_loader(chosen, frontend, replace(config, questions_per_scene=1, packing=False), options.batch_size)
     features = collect_tokens(model, loader, max(1, options.tokens // len(chosen)), options.seed)
     return map_of(features, options)
 
@@ -152,6 +150,6 @@ def _check_count(tokens: int, options: FeatureMapOptions) -> None:
     if tokens < 4 or options.perplexity >= 3 * tokens or options.neighbours >= 2 * tokens:
         raise ValueError(
             f"The feature map has {tokens} tokens, too few for perplexity {options.perplexity:g} (below the "
-            f"{3 * tokens} points) and {options.neighbours} neighbours (below {2 * tokens}); raise the number of tokens "
-            "or of samples, or lower these."
+            f"{3 * tokens} points) and {options.neighbours} neighbours (below {2 * tokens}); raise the number of "
+            "tokens or of samples, or lower these."
         )

@@ -52,9 +52,9 @@ def compare(a: np.ndarray, b: np.ndarray, neighbours: int = 10) -> Comparison:
 def linear_cka(a: np.ndarray, b: np.ndarray) -> float:
     """Linear centred kernel alignment of two representations of the same n items, with the unbiased HSIC.
 
-    Kornblith et al., "Similarity of Neural Network Representations Revisited" (ICML 2019), with the estimator of Song et
-    al., "Feature Selection via Dependence Maximization" (JMLR 2012), eq. 5. The usual biased estimator of independent
-    representations approaches 1 when there are more channels than items, which is the case here. The unbiased one is
+    Kornblith et al., "Similarity of Neural Network Representations Revisited" (ICML 2019), with the estimator of Song
+    et al., "Feature Selection via Dependence Maximization" (JMLR 2012), eq. 5. The usual biased estimator, of
+    independent representations, approaches 1 when there are more channels than items, as here. The unbiased one is
     about 0 then, and may be slightly negative.
 
     Args:
@@ -86,7 +86,7 @@ def _gram(points: np.ndarray) -> np.ndarray:
 
 
 def _hsic(k: np.ndarray, m: np.ndarray) -> float:
-    """Unbiased Hilbert-Schmidt independence criterion of two kernel matrices with zero diagonals (Song et al., eq. 5)."""
+    """Unbiased Hilbert-Schmidt independence criterion of two kernel matrices with zero diagonals (Song et al.)."""
     n = len(k)
     trace = float((k * m).sum())
     product = float(k.sum() * m.sum()) / ((n - 1) * (n - 2))
@@ -97,8 +97,8 @@ def _hsic(k: np.ndarray, m: np.ndarray) -> float:
 def centroid_distance(a: np.ndarray, b: np.ndarray) -> float:
     """Distance of the means of two clouds ``[n, channels]``, relative to their spread.
 
-    The spread is the root of the mean squared distance of a point from the mean of its cloud, averaged over both clouds.
-    NaN if both clouds are constant.
+    The spread is the root of the mean squared distance of a point from the mean of its cloud, averaged over both
+    clouds. NaN if both clouds are constant.
     """
     a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     mean_a, mean_b = a.mean(0), b.mean(0)
