@@ -56,8 +56,8 @@ def prepare_task(
     Args:
         task: name of a registered task.
         root: data root in ScanNet's layout (docs/guides/own-dataset.md).
-        splits: annotation splits, e.g. [train,val]; test splits have no answers: test (ScanRefer, Scan2Cap), test_w_obj
-            and test_wo_obj (ScanQA).
+        splits: annotation splits, e.g. [train,val]; val_NAME is a further validation split; test splits have no answer:
+            test (ScanRefer, Scan2Cap), test_w_obj and test_wo_obj (ScanQA).
         format: prompt and answer format: vgllm (coordinates in a frame's camera) or video3dllm (world coordinates);
             default: the task's first format.
         frames: frame selection.
@@ -154,12 +154,22 @@ def synthetic(
     val_scenes: int = 12,
     image_size: tuple[int, int] = (320, 240),
     frames_per_scene: int = 24,
+    objects: float = 1.0,
+    shift: list[str] = [],  # noqa: B006
+    furniture_factor: float = 1.5,
+    focal_factor: float = 1.4,
+    room_factor: float = 0.7,
+    camera_drop: float = 0.5,
+    camera_flatter: float = 10.0,
+    prior: Literal["color", "class"] = "color",
+    prior_strength: float = 0.9,
     workers: int = 0,
 ) -> None:
     """Generate furnished rooms with referring sentences, in the file layout of ScanNet and ScanRefer.
 
     A complete data set with the same options is reused; a data set with other options is never overwritten.
-    OUT/contact_sheets/ shows each scene with its described objects.
+    OUT/contact_sheets/ shows each scene with its described objects. With --shift, further validation splits have the
+    same rooms and sentences with another geometry (docs/research/shortcut-benchmark.md).
 
     Args:
         out: folder to write, e.g. runs/demo/scenes.
@@ -168,11 +178,29 @@ def synthetic(
         val_scenes: number of validation rooms; none is a training room.
         image_size: width and height of the images in pixels, e.g. [320,240].
         frames_per_scene: number of posed images per room.
+        objects: factor on the number of objects of every class in all rooms; more objects, harder references.
+        shift: shifts, each a split val_NAME: furniture_scale, focal_length, room_scale, camera, position_prior; e.g.
+            [room_scale,camera]. position_prior must be alone, because it changes the training rooms.
+        furniture_factor: furniture_scale; every object is scaled by a factor between this and its square root, or their
+            inverses.
+        focal_factor: focal_length; factor on the focal length.
+        room_factor: room_scale; factor on all lengths of a room.
+        camera_drop: camera; distance in metres by which cameras are lowered.
+        camera_flatter: camera; angle in degrees by which cameras are turned up.
+        prior: position_prior; attribute of an object on which its side of the room depends.
+        prior_strength: position_prior; share of the objects on the side of their attribute; 0.5 plants nothing.
         workers: number of processes; 0 means one per available core.
     """
+    from w2r2_ds.demo.synthetic.options import ShiftOptions
     from w2r2_ds.demo.synthetic.write import write_dataset
 
-    print(write_dataset(out, seed, train_scenes, val_scenes, image_size, frames_per_scene, _processes(workers)).message)
+    shifts = ShiftOptions(
+        tuple(shift), furniture_factor, focal_factor, room_factor, camera_drop, camera_flatter, prior, prior_strength
+    )
+    written = write_dataset(
+        out, seed, train_scenes, val_scenes, image_size, frames_per_scene, _processes(workers), objects, shifts
+    )
+    print(written.message)
 
 
 def demo(workers: int = 0) -> None:

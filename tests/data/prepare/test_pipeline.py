@@ -301,6 +301,7 @@ def test_no_samples_raise(root: Path) -> None:
         ({"task": "scanqa"}, "--format is vgllm; scanqa has video3dllm"),
         ({"task": "detection", "format": "video3dllm"}, "detection has vgllm"),
         ({"split": "test_w_obj"}, "--splits names 'test_w_obj'; scanrefer has train, val"),
+        ({"split": "val_../other"}, "--splits names 'val_../other'"),
         ({"rolls": 0}, "--rolls is 0; it must be at least 1"),
         ({"rolls": 2}, "--rolls is 2, but frames.protocol uniform gives every roll the same frames"),
         ({"windows": -1}, "--windows is -1"),

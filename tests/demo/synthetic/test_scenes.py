@@ -116,7 +116,8 @@ def test_depth_pixels_lie_in_the_described_box(rooms: Written, name: str) -> Non
 def test_renderer_agrees_with_the_projection() -> None:
     """Every pixel that the renderer gives to an object back-projects into that object's box."""
     room = make_room(np.random.default_rng(3), 4)
-    renderer, matrix = Renderer(room, (96, 72)), pinhole((96, 72))
+    matrix = pinhole((96, 72))
+    renderer = Renderer(room, (96, 72), matrix)
     seen: set[int] = set()
     for camera in room.cameras:
         color, depth, owner = renderer.render(camera)

@@ -8,7 +8,7 @@ from typing import Any
 
 from w2r2_ds.data.sources.frames import SceneParts
 from w2r2_ds.data.sources.scannet import alignment_file, boxes_file
-from w2r2_ds.data.tasks.base import TASKS, InputFile, Job, Task, TaskOptions, parts_to_read
+from w2r2_ds.data.tasks.base import TASKS, InputFile, Job, Task, TaskOptions, is_validation, parts_to_read
 from w2r2_ds.data.tasks.common import EMBODIEDSCAN, PROPOSALS, infos_files, proposals_file
 
 
@@ -54,8 +54,11 @@ def check_options(options: TaskOptions) -> None:
     task = TASKS.find(options.task)
     if options.format not in task.formats:
         raise ValueError(f"--format is {options.format}; {task.name} has {' and '.join(task.formats)}.")
-    if options.split not in task.splits:
-        raise ValueError(f"--splits names {options.split!r}; {task.name} has {', '.join(task.splits)}.")
+    if options.split not in task.splits and not is_validation(options.split):
+        raise ValueError(
+            f"--splits names {options.split!r}; {task.name} has {', '.join(task.splits)}, and val_NAME (small letters, "
+            "digits and underscores) for further validation annotations."
+        )
     for name, value, minimum in (
         ("rolls", options.rolls, 1),
         ("interval", options.interval, 1),

@@ -6,6 +6,7 @@ the built-in tasks; the option ``--plugin`` registers those of users.
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -90,6 +91,11 @@ class Job:
     skipped_inputs: tuple[Finding, ...] = ()
 
 
+def is_validation(split: str) -> bool:
+    """Whether a split is ``val`` or another validation split, ``val_NAME``, with annotation files of its own."""
+    return re.fullmatch(r"val(_[a-z0-9_]+)?", split) is not None
+
+
 class Item(Protocol):
     """One annotation, e.g. a description or a question."""
 
@@ -169,7 +175,7 @@ class Task(ABC):
     Attributes:
         name: used on the command line, in manifests and in samples.
         formats: prompt and answer formats, named after the projects that define them; the first is the default.
-        splits: annotation splits.
+        splits: annotation splits; besides these, every task has further validation splits ``val_NAME``.
         published: split -> number of items in the complete annotation file, if known.
         cli_options: options of ``w2r2 prepare NAME`` besides those of all tasks, a subset of
             ``commands.prepare_data.TASK_OPTIONS``.

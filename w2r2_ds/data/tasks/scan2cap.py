@@ -37,6 +37,7 @@ from w2r2_ds.data.tasks.base import (
     SkippedItem,
     TaskOptions,
     by_scene,
+    is_validation,
     register_task,
 )
 from w2r2_ds.data.tasks.common import (
@@ -234,7 +235,7 @@ class Scan2Cap(DescriptionTask):
         return "descriptions" if options.split == "train" else "objects"
 
     def items(self, job: Job, options: TaskOptions) -> list[tuple[int, str, str]]:
-        if options.split != "val":
+        if not is_validation(options.split):
             return super().items(job, options)
         first: dict[str, tuple[int, str, str]] = {}
         for number, description in job.items:
@@ -251,7 +252,7 @@ class Scan2Cap(DescriptionTask):
         return boxes | (SceneParts.POSES if options.format == "vgllm" else SceneParts.NONE)
 
     def needs_proposals(self, options: TaskOptions) -> bool:
-        return options.split == "val" and options.boxes == "proposals"
+        return is_validation(options.split) and options.boxes == "proposals"
 
     def recorded_options(self, options: TaskOptions) -> dict[str, Any]:
-        return {"boxes": options.boxes} if options.split == "val" else {}
+        return {"boxes": options.boxes} if is_validation(options.split) else {}

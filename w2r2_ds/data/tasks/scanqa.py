@@ -14,7 +14,7 @@ from typing import ClassVar
 from w2r2_ds.data.frames.selection import select_frames
 from w2r2_ds.data.sources.annotations import Question, read_scanqa
 from w2r2_ds.data.sources.scannet import Scene
-from w2r2_ds.data.tasks.base import InputFile, Job, PreparedItems, Task, TaskOptions, register_task
+from w2r2_ds.data.tasks.base import InputFile, Job, PreparedItems, Task, TaskOptions, is_validation, register_task
 from w2r2_ds.data.tasks.common import SCANQA_ACCESS, frame_fields
 from w2r2_ds.types.sample import Reference, Sample
 
@@ -68,7 +68,8 @@ class ScanQA(Task):
         return InputFile("annotations", root / "ScanQA" / f"ScanQA_v1.0_{options.split}.json", SCANQA_ACCESS)
 
     def read(self, root: Path, options: TaskOptions) -> Sequence[Question]:
-        return read_scanqa(self.annotations(root, options).path, answers_needed=options.split in ("train", "val"))
+        answers_needed = options.split == "train" or is_validation(options.split)
+        return read_scanqa(self.annotations(root, options).path, answers_needed)
 
     def make_samples(self, scene: Scene, job: Job, options: TaskOptions) -> PreparedItems:
         prepared: PreparedItems = []

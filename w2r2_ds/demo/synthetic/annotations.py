@@ -11,7 +11,7 @@ import numpy as np
 
 from w2r2_ds.data.sources.frames import Frame
 from w2r2_ds.demo.synthetic.furniture import KINDS
-from w2r2_ds.demo.synthetic.rooms import HEIGHT, Room, RoomObject
+from w2r2_ds.demo.synthetic.rooms import Room, RoomObject
 
 _RENAMED = {"sofa": "couch", "bookshelf": "shelf", "nightstand": "stand", "trash can": "bin"}
 """Classes with another name in EmbodiedScan than in ScanRefer."""
@@ -113,8 +113,8 @@ def _false_positives(rng: np.random.Generator, room: Room, count: int) -> list[n
     found: list[np.ndarray] = []
     while len(found) < count:
         size = rng.uniform(0.2, 0.6, 3)
-        space = np.array([*room.size, HEIGHT]) - size
-        center = rng.uniform(-0.5, 0.5, 3) * space + (0.0, 0.0, HEIGHT / 2)
+        space = np.array([*room.size, room.height]) - size
+        center = rng.uniform(-0.5, 0.5, 3) * space + (0.0, 0.0, room.height / 2)
         # Two boxes are disjoint if they are apart along any axis; the box must be disjoint from all objects.
         if (np.abs(center - real[:, :3]) * 2 > size + real[:, 3:]).any(axis=1).all():
             found.append(np.concatenate([center, size]))

@@ -37,7 +37,11 @@ NEXT_TO = 0.6
 STRIP = 0.7
 """Maximum distance between an object and the wall for "along the wall", in metres."""
 
-_NUMBERS = ("no", "one", "two", "three", "four", "five", "six")
+_NUMBERS = (
+    *("no", "one", "two", "three", "four", "five", "six"),
+    *("seven", "eight", "nine", "ten", "eleven", "twelve"),
+)
+"""Words for the numbers of objects; twelve chairs are the most (`Options.objects` is at most 2)."""
 _PARTLY = {"bed", "picture", "plant"}
 """Classes of which only a part (blanket, field, pot) has the colour of the object."""
 
@@ -86,7 +90,11 @@ class _Candidate:
 
 
 def make_questions(
-    rng: np.random.Generator, objects: Sequence[RoomObject], visible: Collection[int], count: int
+    rng: np.random.Generator,
+    objects: Sequence[RoomObject],
+    visible: Collection[int],
+    count: int,
+    others: Sequence[Sequence[RoomObject]] = (),
 ) -> list[GeneratedQuestion]:
     """Make up to ``count`` different questions, spread over kinds, and over answers within a kind.
 
@@ -95,17 +103,24 @@ def make_questions(
         objects: all objects of the room; ``objects[i].object_id == i``.
         visible: ids of the objects that are visible in a frame.
         count: maximum number of questions.
+        others: the objects of other versions of the room, in which a question must have the same answer too.
     """
-    pools = {kind: _spread(rng, list(find(objects, visible))) for kind, find in _FINDERS.items()}
+    pools = {}
+    for kind, find in _FINDERS.items():
+        found = list(find(objects, visible))
+        for other in others:
+            same = list(find(other, visible))
+            found = [candidate for candidate in found if candidate in same]
+        pools[kind] = _spread(rng, found)
     kinds = [str(kind) for kind in rng.permutation(list(_FINDERS))]
     # Round robin: one question of every kind, then a second one, until there are enough or all pools are empty.
     chosen: list[GeneratedQuestion] = []
     while len(chosen) < count and any(pools.values()):
         for kind in kinds:
             if pools[kind] and len(chosen) < count:
-                found = pools[kind].pop()
-                text = str(rng.choice(_TEMPLATES[found.template])).format_map(found.fields)
-                chosen.append(GeneratedQuestion(kind, text, found.answers, found.object_ids))
+                question = pools[kind].pop()
+                text = str(rng.choice(_TEMPLATES[question.template])).format_map(question.fields)
+                chosen.append(GeneratedQuestion(kind, text, question.answers, question.object_ids))
     return chosen
 
 

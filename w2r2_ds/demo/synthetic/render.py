@@ -14,13 +14,13 @@ _TILE = 0.5
 """Side of a square of the chequered floor, metres."""
 
 
-def pinhole(image_size: tuple[int, int]) -> np.ndarray:
-    """Intrinsics ``[4, 4]`` float64 with ScanNet's horizontal field of view (58 degrees) for (width, height).
+def pinhole(image_size: tuple[int, int], factor: float = 1.0) -> np.ndarray:
+    """Intrinsics ``[4, 4]`` float64 for (width, height): ``factor`` times ScanNet's focal length (58 degrees).
 
     Integer pixel coordinates are pixel centres; the principal point is the middle of the image.
     """
     width, height = image_size
-    focal = width * 1170.0 / 1296.0
+    focal = width * 1170.0 / 1296.0 * factor
     matrix = np.eye(4)
     matrix[0, 0] = matrix[1, 1] = focal
     matrix[0, 2], matrix[1, 2] = (width - 1) / 2, (height - 1) / 2
@@ -33,9 +33,10 @@ class Renderer:
     Args:
         room: room to render.
         image_size: width and height in pixels.
+        intrinsic: ``[4, 4]`` pinhole matrix.
     """
 
-    def __init__(self, room: Room, image_size: tuple[int, int]) -> None:
+    def __init__(self, room: Room, image_size: tuple[int, int], intrinsic: np.ndarray) -> None:
         self._room = room
         self._size = image_size
         self._scene = EmbreeScene()
@@ -48,7 +49,6 @@ class Renderer:
         self._colors = (room.face_colors * (0.5 + 0.32 * np.maximum(normals @ _LIGHT, 0.0))[:, None]).astype(np.float32)
         self._gloss = (room.face_colors * 0.18).astype(np.float32)
         # Rays in the camera's frame with z = 1, [pixels, 3], and the same as unit vectors.
-        intrinsic = pinhole(image_size)
         columns, rows = np.meshgrid(np.arange(image_size[0]), np.arange(image_size[1]))
         x = (columns - intrinsic[0, 2]) / intrinsic[0, 0]
         y = (rows - intrinsic[1, 2]) / intrinsic[1, 1]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
 import trimesh
 
 from w2r2_ds.demo.synthetic.furniture import KINDS, PALETTE, Part
+from w2r2_ds.demo.synthetic.position_prior import PositionPrior
 
 HEIGHT = 2.6
 """Height of every room in metres."""
@@ -20,6 +22,8 @@ PLACEMENT_ATTEMPTS = 40
 _WALL, _FLOOR, _CEILING = (222, 212, 192), (172, 142, 108), (238, 236, 230)
 _GAP, _PASSAGE, _HEADROOM = 0.08, 0.35, 0.25
 """Minimum distances in metres: between objects, and of an object from the cameras, horizontally and vertically."""
+_LOW_HEADROOM = 0.1
+"""The vertical distance for lowered cameras."""
 _FIXED_COLORS = {"window": "white", "door": "brown"}
 
 
@@ -55,6 +59,7 @@ class Room:
         face_colors: ``[F, 3]`` float64 RGB, 0 to 255.
         face_objects: ``[F]`` int64 object id, or `SHELL_ID` or `FLOOR_ID`.
         cameras: ``[frames, 4, 4]`` float64, OpenCV camera to aligned world.
+        height: metres.
     """
 
     size: tuple[float, float]
@@ -64,6 +69,22 @@ class Room:
     face_colors: np.ndarray
     face_objects: np.ndarray
     cameras: np.ndarray
+    height: float = HEIGHT
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a room is furnished.
+
+    Attributes:
+        objects: factor on the number of objects of every class; at least one stays of a class that the room has.
+        camera_drop: furniture is placed so that the cameras can be lowered by this distance, metres.
+        prior: correlation of colour or class with place; None for random places.
+    """
+
+    objects: float = 1.0
+    camera_drop: float = 0.0
+    prior: PositionPrior | None = None
 
 
 @dataclass
@@ -74,6 +95,7 @@ class _Builder:
         rng: the only source of randomness.
         size: width and depth, metres.
         cameras: ``[frames, 4, 4]`` float64; no object may block the camera path.
+        layout: how the room is furnished.
         objects: objects added so far.
         parts: their coloured meshes in the aligned world, with object ids.
     """
@@ -81,18 +103,20 @@ class _Builder:
     rng: np.random.Generator
     size: tuple[float, float]
     cameras: np.ndarray
+    layout: Layout
     objects: list[RoomObject] = field(default_factory=list)
     parts: list[tuple[int, Part]] = field(default_factory=list)
 
     def add(self, name: str, color: str) -> bool:
         """Place one object at a random free position; returns False if `PLACEMENT_ATTEMPTS` draws found none."""
-        kind = KINDS[name]
+        kind, prior = KINDS[name], self.layout.prior
         parts = kind.build(self.rng, PALETTE[color])
         local_bounds = _bounds(parts, np.eye(4))
-        for _ in range(PLACEMENT_ATTEMPTS):
+        side = 0 if prior is None else prior.draw(self.rng, name, color)
+        for _ in range(PLACEMENT_ATTEMPTS * (1 + abs(side))):  # half of the draws are on the other side
             pose = self._wall_pose(parts) if kind.place in ("wall", "hang") else self._free_pose(name)
             bounds = _bounds(parts, pose)
-            if self._fits(bounds):
+            if side * (bounds[0][0] + bounds[1][0]) >= 0 and self._fits(bounds):
                 low, high = bounds
                 object_id, box = len(self.objects), np.concatenate([(low + high) / 2, high - low])
                 self.objects.append(RoomObject(object_id, name, color, box, _oriented(local_bounds, pose)))
@@ -122,29 +146,53 @@ class _Builder:
 
     def _fits(self, bounds: tuple[np.ndarray, np.ndarray]) -> bool:
         """Whether axis-aligned bounds are inside the room, apart from other objects, and not on the camera path."""
-        low, high = bounds
-        half = np.array(self.size) / 2
-        if (low[:2] < -half).any() or (high[:2] > half).any():
+        headroom = max(_HEADROOM, self.layout.camera_drop + _LOW_HEADROOM)
+        return is_free(bounds, self.objects, self.size, self.cameras, headroom)
+
+
+def is_free(
+    bounds: tuple[np.ndarray, np.ndarray],
+    others: Iterable[RoomObject],
+    size: tuple[float, float],
+    cameras: np.ndarray,
+    headroom: float = _HEADROOM,
+) -> bool:
+    """Whether an object fits.
+
+    Args:
+        bounds: lowest and highest corner ``[3]`` of the object, metres.
+        others: the other objects; the object must be apart from them.
+        size: width and depth of the room; the object must be inside.
+        cameras: ``[frames, 4, 4]``; the object must not be on their path.
+        headroom: vertical distance of the object from cameras above it, metres.
+    """
+    low, high = bounds
+    half = np.array(size) / 2
+    if (low[:2] < -half).any() or (high[:2] > half).any():
+        return False
+    for other in others:
+        if (np.abs((low + high) / 2 - other.box[:3]) < (high - low + other.box[3:]) / 2 + _GAP).all():
             return False
-        for other in self.objects:
-            if (np.abs((low + high) / 2 - other.box[:3]) < (high - low + other.box[3:]) / 2 + _GAP).all():
-                return False
-        positions = self.cameras[:, :3, 3]
-        near = ((positions[:, :2] > low[:2] - _PASSAGE) & (positions[:, :2] < high[:2] + _PASSAGE)).all(axis=1)
-        return not (near & (positions[:, 2] < high[2] + _HEADROOM)).any()
+    positions = cameras[:, :3, 3]
+    near = ((positions[:, :2] > low[:2] - _PASSAGE) & (positions[:, :2] < high[:2] + _PASSAGE)).all(axis=1)
+    return not (near & (positions[:, 2] < high[2] + headroom)).any()
 
 
-def make_room(rng: np.random.Generator, frames: int) -> Room:
+def make_room(rng: np.random.Generator, frames: int, layout: Layout = Layout()) -> Room:
     """Make a random room with furniture and a camera path.
 
     Args:
         rng: the only source of randomness.
         frames: number of cameras.
+        layout: how the room is furnished.
     """
     size = (float(rng.uniform(5.0, 6.8)), float(rng.uniform(4.8, 6.2)))
-    builder = _Builder(rng, size, camera_path(rng, size, frames))
+    builder = _Builder(rng, size, camera_path(rng, size, frames), layout)
     for name, kind in KINDS.items():
-        for color in _colors(rng, name, int(rng.integers(kind.count[0], kind.count[1] + 1))):
+        count = int(rng.integers(kind.count[0], kind.count[1] + 1))
+        if name not in _FIXED_COLORS:  # one door and one window
+            count = max(min(count, 1), round(count * layout.objects))
+        for color in _colors(rng, name, count):
             builder.add(name, color)
     return _assemble(builder, _shell(size))
 

@@ -4,31 +4,35 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from w2r2_ds.data.frames.projection import MIN_VISIBLE_FRACTION, projected_area, visible_fraction
+from w2r2_ds.data.frames.visibility import clear_area
 from w2r2_ds.data.sources.frames import Frame
 from w2r2_ds.demo.synthetic.annotations import propose, scene_info
 from w2r2_ds.demo.synthetic.contact_sheet import write_sheet
 from w2r2_ds.demo.synthetic.furniture import KINDS
-from w2r2_ds.demo.synthetic.options import Options, scene_id, scene_seed
+from w2r2_ds.demo.synthetic.options import Options, scene_seed
 from w2r2_ds.demo.synthetic.questions import GeneratedQuestion, make_questions
-from w2r2_ds.demo.synthetic.render import Renderer, pinhole
 from w2r2_ds.demo.synthetic.rooms import Room, RoomObject, make_room
 from w2r2_ds.demo.synthetic.sentences import Sentence, make_sentences
+from w2r2_ds.demo.synthetic.shift.cues import object_cue
+from w2r2_ds.demo.synthetic.shift.variants import OTHER_SIZES, SAME_PIXELS, room_layout, shifted, unshifted
+from w2r2_ds.demo.synthetic.view import View, render_view
 
 _SENTENCES = (6, 10)
 _QUESTIONS = (6, 10)
 """Minimum and maximum number per scene."""
 _ATTEMPTS = 50
 """Rooms that are drawn until one has enough sentences."""
-_QUESTION_STREAM, _PROPOSAL_STREAM = 1000, 1001
-"""Last number of the seed for questions and proposals (for rooms: the attempt), so that their draws are independent."""
+_QUESTION_STREAM, _PROPOSAL_STREAM, _SHIFT_STREAM = 1000, 1001, 1002
+"""Last number of the seed for questions, proposals and shifts (for rooms: the attempt), so that their draws are
+independent."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,7 @@ class SceneEntries:
         questions: ScanQA's entries.
         info: EmbodiedScan's entry.
         proposals: axis-aligned boxes ``[cx, cy, cz, dx, dy, dz]``, aligned world, metres.
+        cues: entries of the file of cues, one per description; empty if the split is not shifted.
     """
 
     scene_id: str
@@ -48,102 +53,117 @@ class SceneEntries:
     questions: list[dict[str, Any]]
     info: dict[str, Any]
     proposals: list[list[float]]
+    cues: list[dict[str, Any]]
 
 
-def write_scene(root: Path, options: Options, split: str, index: int) -> SceneEntries:
-    """Make a room, write its files to ``root`` and return its annotation entries.
+def write_scene(root: Path, options: Options, split: str, index: int) -> dict[str, SceneEntries]:
+    """Make a room, write its files to ``root`` and return its annotation entries by split.
 
-    Rooms are drawn until one has enough unambiguous sentences; only that one is written.
+    Rooms are drawn until one has enough unambiguous sentences; only that one is written. A validation room is written
+    once for ``val`` and once for every shift, with the same sentences and questions.
 
     Raises:
         ValueError: there is no such room in `_ATTEMPTS` draws.
     """
-    name = scene_id(split, index)
-    intrinsic = pinhole(options.image_size)
+    names = options.shift.names if split == "val" else ()
     for attempt in range(_ATTEMPTS):
         rng = _generator(options, split, index, attempt)  # seeded by the attempt, not by earlier draws
-        room = make_room(rng, options.frames_per_scene)
-        renderer = Renderer(room, options.image_size)
+        room = make_room(rng, options.frames_per_scene, room_layout(options))
         # All images are rendered even if the room is dropped: sentences refer to visible objects only, and visibility
         # is measured in the depth images, as in real scans.
-        images = [renderer.render(camera) for camera in room.cameras]
-        colors, depths = [image[0] for image in images], [image[1] for image in images]
-        frames = _frames(root / "posed_images" / name, room)
-        visible_ids = _visible_per_frame(room, frames, depths, intrinsic)
-        visible = _visible_in_any(room, frames, visible_ids, intrinsic, options.image_size)
+        base = render_view(root, options, split, index, unshifted(room, options))
+        views = [base]
+        for name in names:
+            variant = shifted(name, room, options, _generator(options, split, index, _SHIFT_STREAM))
+            same = base if name in SAME_PIXELS else None
+            views.append(render_view(root, options, f"val_{name}", index, variant, same))
+        visible = set.intersection(*(view.visible() for view in views))
+        others = [view.room.objects for name, view in zip(names, views[1:], strict=True) if name in OTHER_SIZES]
         count = int(rng.integers(_SENTENCES[0], _SENTENCES[1] + 1))
-        sentences = make_sentences(rng, room.objects, visible, count)
+        sentences = make_sentences(rng, room.objects, visible, count, others)
         if len(sentences) >= _SENTENCES[0]:
             break
     else:
         raise ValueError(
-            f"none of {_ATTEMPTS} rooms has {_SENTENCES[0]} unambiguous sentences; use more frames per scene"
+            f"none of {_ATTEMPTS} rooms has {_SENTENCES[0]} unambiguous sentences; use more frames per scene or objects"
         )
-    _write_images(frames, colors, depths, options.image_size)
     # As in ScanNet, camera poses are stored in a raw world, which is not aligned with the walls.
     axis_align = _alignment(rng)
-    poses = [np.linalg.inv(axis_align) @ frame.cam_to_world for frame in frames]
-    _write_geometry(root, name, room, frames, poses, axis_align)
-    sheet = root / "contact_sheets" / f"{name}.png"
-    write_sheet(sheet, frames, colors, depths, intrinsic, room.objects, sentences)
     question_rng = _generator(options, split, index, _QUESTION_STREAM)
     count = int(question_rng.integers(_QUESTIONS[0], _QUESTIONS[1] + 1))
-    questions = make_questions(question_rng, room.objects, visible, count)
-    return SceneEntries(
-        name,
-        _descriptions(name, sentences),
-        _questions(name, split, room, questions),
-        scene_info(name, room.objects, frames, poses, visible_ids, axis_align, intrinsic),
-        propose(_generator(options, split, index, _PROPOSAL_STREAM), room).tolist(),
-    )
+    questions = make_questions(question_rng, room.objects, visible, count, others)
+    entries = {}
+    for view in views:
+        scaled = axis_align.copy()
+        scaled[:3, 3] *= view.variant.scale  # the raw world is scaled too
+        entries[view.split] = _write_view(root, options, view, sentences, questions, scaled, index)
+    for name, view in zip(names, views[1:], strict=True):
+        own = entries[view.split]
+        cues = _cues(name, options, base, view, own.descriptions)
+        entries[view.split] = replace(own, cues=cues)
+    return entries
 
 
 def _generator(options: Options, split: str, index: int, stream: int) -> np.random.Generator:
     return np.random.default_rng([*scene_seed(options.seed, split, index), stream])
 
 
-def _frames(folder: Path, room: Room) -> list[Frame]:
-    return [Frame(i, folder / f"{i:05d}.jpg", folder / f"{i:05d}.png", camera) for i, camera in enumerate(room.cameras)]
+def _write_view(
+    root: Path,
+    options: Options,
+    view: View,
+    sentences: list[Sentence],
+    questions: list[GeneratedQuestion],
+    axis_align: np.ndarray,
+    index: int,
+) -> SceneEntries:
+    """Write the files of a scene; returns its entries, without cues."""
+    room, frames, intrinsic = view.room, view.frames, view.variant.intrinsic
+    _write_images(view)
+    poses = [np.linalg.inv(axis_align) @ frame.cam_to_world for frame in frames]
+    _write_geometry(root, view.name, room, frames, poses, axis_align)
+    sheet = root / "contact_sheets" / f"{view.name}.png"
+    write_sheet(sheet, frames, view.colors, view.depths, intrinsic, room.objects, sentences)
+    proposal_rng = _generator(options, view.split.partition("_")[0], index, _PROPOSAL_STREAM)
+    return SceneEntries(
+        view.name,
+        _descriptions(view.name, sentences),
+        _questions(view.name, view.split, room, questions),
+        scene_info(view.name, room.objects, frames, poses, view.visible_ids, axis_align, intrinsic),
+        propose(proposal_rng, room).tolist(),
+        [],
+    )
 
 
-def _visible_per_frame(
-    room: Room, frames: list[Frame], depths: list[np.ndarray], intrinsic: np.ndarray
-) -> list[list[int]]:
-    """Ids of the visible objects of each frame."""
-    return [
-        [
-            o.object_id
-            for o in room.objects
-            if visible_fraction(o.box, frame.cam_to_world, intrinsic, depth) >= MIN_VISIBLE_FRACTION
-        ]
-        for frame, depth in zip(frames, depths, strict=True)
-    ]
-
-
-def _visible_in_any(
-    room: Room, frames: list[Frame], visible_ids: list[list[int]], intrinsic: np.ndarray, size: tuple[int, int]
-) -> set[int]:
-    """Ids of the objects that are visible in any frame into whose image their box projects."""
-    return {
-        o.object_id
-        for o in room.objects
-        if any(
-            o.object_id in ids and projected_area(o.box, frame.cam_to_world, intrinsic, size) > 0
-            for frame, ids in zip(frames, visible_ids, strict=True)
+def _cues(
+    shift: str, options: Options, base: View, view: View, descriptions: Sequence[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Entries of the file of cues, one per description."""
+    cues = []
+    for entry in descriptions:
+        object_id = int(entry["object_id"])
+        key = f"{entry['object_id']}|{entry['object_name']}|{entry['ann_id']}"  # as `Description.key`
+        o = view.room.objects[object_id]
+        areas = {
+            frame.index: clear_area(o.box, frame.cam_to_world, view.variant.intrinsic, view.image_size)
+            for frame in view.frames_of(o)
+        }
+        cues.append(
+            {"id": f"{view.name}|{key}", "paired_id": f"{base.name}|{key}", "shift": shift}
+            | {"scene_id": view.name, "object_id": object_id}
+            | object_cue(shift, options, base.variant, view.variant, object_id, areas)
         )
-    }
+    return cues
 
 
-def _write_images(
-    frames: list[Frame], colors: list[np.ndarray], depths: list[np.ndarray], size: tuple[int, int]
-) -> None:
-    folder = frames[0].color.parent
+def _write_images(view: View) -> None:
+    folder = view.frames[0].color.parent
     folder.mkdir()
-    for frame, color, depth in zip(frames, colors, depths, strict=True):
+    for frame, color, depth in zip(view.frames, view.colors, view.depths, strict=True):
         Image.fromarray(color).save(frame.color, quality=92)
         Image.fromarray(depth).save(frame.depth, compress_level=1)
     for file in ("intrinsic.txt", "depth_intrinsic.txt"):
-        (folder / file).write_text(_numbers(pinhole(size)))
+        (folder / file).write_text(_numbers(view.variant.intrinsic))
 
 
 def _alignment(rng: np.random.Generator) -> np.ndarray:

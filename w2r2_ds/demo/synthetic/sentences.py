@@ -52,7 +52,11 @@ class Sentence:
 
 
 def make_sentences(
-    rng: np.random.Generator, objects: Sequence[RoomObject], visible: Collection[int], count: int
+    rng: np.random.Generator,
+    objects: Sequence[RoomObject],
+    visible: Collection[int],
+    count: int,
+    others: Sequence[Sequence[RoomObject]] = (),
 ) -> list[Sentence]:
     """Make up to ``count`` different sentences about visible objects, spread over objects and relations.
 
@@ -61,6 +65,7 @@ def make_sentences(
         objects: all objects of the room; ``objects[i].object_id == i``.
         visible: ids of the objects that are visible in a frame; only these are targets or anchors.
         count: maximum number of sentences.
+        others: the objects of other versions of the room, in which a sentence must refer to the same object too.
     """
     # All combinations of colour, class and relation that identify a visible object.
     found = [
@@ -70,6 +75,7 @@ def make_sentences(
         if (target := resolve(objects, name, color, relation, anchors)) in visible
         and target is not None
         and _needs_class(objects, relation, anchors, target)
+        and all(resolve(other, name, color, relation, anchors) == target for other in others)
     ]
     uses: Counter[int] = Counter()
     sizes = 0

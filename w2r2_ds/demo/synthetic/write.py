@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from w2r2_ds.data.sources.labels import LABELS_FILE
+from w2r2_ds.data.sources.shortcut_cues import cues_file, write_cues
 from w2r2_ds.demo.synthetic.annotations import write_infos
 from w2r2_ds.demo.synthetic.furniture import KINDS
-from w2r2_ds.demo.synthetic.options import SPLITS, Options, scene_id
+from w2r2_ds.demo.synthetic.options import Options, ShiftOptions, defaults, scene_id
 from w2r2_ds.demo.synthetic.scene import SceneEntries, write_scene
 from w2r2_ds.utils.files.atomic_io import add_filename
 from w2r2_ds.utils.files.output_folder import PARTIAL, check_writable, fill, is_empty
@@ -52,6 +53,8 @@ def write_dataset(
     image_size: tuple[int, int] = (320, 240),
     frames_per_scene: int = 24,
     workers: int = 1,
+    objects: float = 1.0,
+    shift: ShiftOptions = ShiftOptions(),  # noqa: B008
 ) -> Written:
     """Write random rooms, or reuse an existing data set with the same options.
 
@@ -67,12 +70,14 @@ def write_dataset(
         image_size: width and height of colour and depth images in pixels.
         frames_per_scene: number of posed images per room.
         workers: number of processes; does not change the result.
+        objects: factor on the number of objects of every class.
+        shift: shifted validation splits and their strengths.
 
     Raises:
         ValueError: an option is out of range, or ``root`` has other content.
     """
     root = Path(root)
-    options = Options(seed, train_scenes, val_scenes, (image_size[0], image_size[1]), frames_per_scene)
+    options = Options(seed, train_scenes, val_scenes, (image_size[0], image_size[1]), frames_per_scene, objects, shift)
     existing = _existing(root, options)
     if existing is not None:
         return Written(root, True, existing)
@@ -110,7 +115,7 @@ def _existing(root: Path, options: Options) -> dict[str, Any] | None:
     path = root / _MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        found = {"version": manifest["version"], **manifest["options"]}
+        found = {"version": manifest["version"], **_json(defaults()), **manifest["options"]}
         manifest["counts"].items()
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{root} exists but has no readable {_MANIFEST}; use another folder or remove it") from None
@@ -119,27 +124,35 @@ def _existing(root: Path, options: Options) -> dict[str, Any] | None:
     if different:
         values = ", ".join(f"{name} {found.get(name)} instead of {expected[name]}" for name in different)
         raise ValueError(f"{root} has a data set made with {values}; use another folder, remove it or use its options")
-    for split, index in _scenes(options):
-        if not (root / "posed_images" / scene_id(split, index)).is_dir():
-            raise ValueError(f"{root} lacks {scene_id(split, index)}; remove the folder so that it is written again")
+    for split in options.splits:
+        for index in range(_scene_count(options, split)):
+            name = scene_id(split, index)
+            if not (root / "posed_images" / name).is_dir():
+                raise ValueError(f"{root} lacks {name}; remove the folder so that it is written again")
     return dict(manifest)
 
 
 def _identity(options: Options) -> dict[str, Any]:
     """Version and options as JSON values (tuples become lists); they determine the content of a data set."""
-    return {"version": VERSION, **json.loads(json.dumps(asdict(options)))}
+    return {"version": VERSION, **_json(asdict(options))}
 
 
-def _scenes(options: Options) -> list[tuple[str, int]]:
-    """(split, index) of all scenes."""
-    return [("train", i) for i in range(options.train_scenes)] + [("val", i) for i in range(options.val_scenes)]
+def _json(values: dict[str, Any]) -> dict[str, Any]:
+    """The values as they are read from a JSON file."""
+    return dict(json.loads(json.dumps(values, default=asdict)))
+
+
+def _scene_count(options: Options, split: str) -> int:
+    return options.train_scenes if split == "train" else options.val_scenes
 
 
 def _write_all(root: Path, options: Options, workers: int) -> dict[str, Any]:
     """Write all files of a data set to a new folder; returns the manifest."""
-    for folder in ("posed_images", "scans", "scannet_data", "contact_sheets", *_ANNOTATIONS):
+    cues = ("shortcut_cues",) if options.shift.names else ()
+    for folder in ("posed_images", "scans", "scannet_data", "contact_sheets", *_ANNOTATIONS, *cues):
         (root / folder).mkdir(parents=True)
-    scenes = _scenes(options)
+    # One call per room; that of a validation room also writes its shifted versions.
+    scenes = [(split, index) for split in ("train", "val") for index in range(_scene_count(options, split))]
     if workers > 1:
         # Every scene has its own seed, so the result does not depend on the number of workers. Results are collected in
         # the order of the scenes.
@@ -153,11 +166,13 @@ def _write_all(root: Path, options: Options, workers: int) -> dict[str, Any]:
                 pool.shutdown(wait=True, cancel_futures=True)
     else:
         results = [write_scene(root, options, split, index) for split, index in scenes]
-    counts = {"train_scenes": options.train_scenes, "val_scenes": options.val_scenes}
-    for split in SPLITS:
-        parts = [part for (part_split, _), part in zip(scenes, results, strict=True) if part_split == split]
+    counts = {f"{split}_scenes": _scene_count(options, split) for split in options.splits}
+    for split in options.splits:
+        parts = [entries[split] for entries in results if split in entries]
         counts |= {f"{split}_{name}": number for name, number in _write_annotations(root, split, parts).items()}
-    counts["frames"] = len(scenes) * options.frames_per_scene
+        if split.startswith("val_"):
+            write_cues(cues_file(root, split), [cue for part in parts for cue in part.cues])
+    counts["frames"] = sum(_scene_count(options, split) for split in options.splits) * options.frames_per_scene
     _write_labels(root / LABELS_FILE)
     identity = _identity(options)
     manifest = {"version": identity.pop("version"), "seed": options.seed, "options": identity, "counts": counts}
