@@ -66,7 +66,8 @@ def change_weights(directory: Path, name: str, value: torch.Tensor | None) -> No
 
 
 @pytest.mark.golden
-def test_default_sizes_give_the_names_and_shapes_of_the_public_heads() -> None:
+def test_default_sizes_give_the_names_and_shapes_of_the_public_checkpoint() -> None:
+    """All of them: aggregator, camera, depth and point head; only the track head is not implemented."""
     shapes = json.loads(PUBLIC_KEYS.read_text())["shapes"]
     with torch.device("meta"):
         ours = VGGT(VGGTConfig(), HEADS).state_dict()

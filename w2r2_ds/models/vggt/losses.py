@@ -67,8 +67,8 @@ def make_targets(depth: Tensor, intrinsics: Tensor, world_to_camera: Tensor) -> 
 
     Args:
         depth: ``[B, S, H, W]``, z coordinates in each camera's frame; 0, negative or not finite where unknown.
-        intrinsics: ``[B, S, 3, 3]`` in pixels; the principal point must be the centre of the image, since a pose
-            encoding has none.
+        intrinsics: ``[B, S, 3, 3]`` in pixels. A pose encoding has no principal point: `points` contains its offset
+            from the centre of the image, but `pose_encoding` does not. Crop images so that it is near the centre.
         world_to_camera: ``[B, S, 3, 4]``, rigid, from any world in the unit of `depth`.
 
     Raises:
