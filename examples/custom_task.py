@@ -21,7 +21,7 @@ from w2r2_ds.data.tasks.common import frame_fields
 from w2r2_ds.data.tasks.parsing import AnswerError
 from w2r2_ds.evaluation.protocols.records import AnswerRecord, RecordFields, ReferenceFields
 from w2r2_ds.evaluation.protocols.registry import Protocol, register_protocol
-from w2r2_ds.types.sample import Kind, Reference, Sample
+from w2r2_ds.types.sample import BoxFormat, Kind, Reference, Sample
 from w2r2_ds.utils.files.json_io import read_json
 
 
@@ -74,7 +74,7 @@ class Counting(Task):
     def kind(self, options: TaskOptions) -> Kind:
         return "answer"
 
-    def parse(self, text: str, frame_count: int) -> int:
+    def parse(self, text: str, frame_count: int, box_format: BoxFormat = "camera") -> int:
         # Evaluation reports the share of answers that are parsed without AnswerError.
         try:
             return int(text)

@@ -101,14 +101,40 @@ def test_a_space_outside_all_offsets_belongs_to_the_next_token() -> None:
 
 @pytest.mark.parametrize("answer", ["", '{"frame": 1}', ANSWER.replace("3.0, ", ""), ANSWER + " 7"])
 def test_answers_without_ten_numbers_raise(tokenizer: Any, answer: str) -> None:
-    with pytest.raises(ValueError, match="has 10 numbers"):
+    with pytest.raises(ValueError, match="camera has 10 numbers"):
         find_answer_tokens("grounding", answer, encode(tokenizer, answer)[1])
 
 
-def test_a_number_at_the_beginning_has_no_sign_token() -> None:
-    answer = "1 2 3 4 5 6 7 8 9 0"
-    with pytest.raises(ValueError, match="must not begin with a number"):
-        find_answer_tokens("grounding", answer, [(i, i + 1) for i in range(len(answer))])
+def test_corners_of_a_world_box(tokenizer: Any) -> None:
+    answer = "-1.25,0.3,-0.0,12.5,3.07,1.0"
+    tokens, offsets = encode(tokenizer, answer)
+    found = find_answer_tokens("grounding", answer, offsets, "world")
+    assert found.single_digits and len(found.sign) == len(found.digits) == len(found.place_values) == 6
+    assert ["".join(tokens[i] for i in indices) for indices in found.digits] == answer.replace("-", "").split(",")
+    assert found.place_values[3] == pytest.approx([10, 1, 0, 0.1])
+    assert ["-" if tokens[i].endswith("-") else "+" for i in found.sign] == list("-+-+++")
+    chosen = [token for token, flag in zip(tokens, found.where, strict=True) if flag]
+    assert "".join(chosen) == "".join(c for c in answer if c.isdigit())
+
+
+@pytest.mark.parametrize(
+    ("answer", "sign"), [("1,2,-3,4,5,6", [0, 1, 4, 6, 8, 10]), ("-1,2,3,4,5,6", [0, 2, 4, 6, 8, 10])]
+)
+def test_the_sign_of_a_number_at_the_beginning(answer: str, sign: list[int]) -> None:
+    """It is predicted at the first token, which is the number's minus, or its first digit without one."""
+    found = find_answer_tokens("grounding", answer, offsets_of(list(answer)), "world")
+    assert found.sign.tolist() == sign and found.digits[0] == [answer.index("1")]
+
+
+@pytest.mark.parametrize("answer", ["", "1,2,3,4,5", "1,2,3,4,5,6,7", ANSWER])
+def test_world_answers_without_six_numbers_raise(tokenizer: Any, answer: str) -> None:
+    with pytest.raises(ValueError, match="world has 6 numbers"):
+        find_answer_tokens("grounding", answer, encode(tokenizer, answer)[1], "world")
+
+
+def test_unknown_box_format() -> None:
+    with pytest.raises(ValueError, match="box_format is 'corners'; it is one of camera, world"):
+        find_answer_tokens("grounding", "", [], "corners")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("kind", ["caption", "answer"])
@@ -223,7 +249,7 @@ def test_a_digit_without_a_token_raises() -> None:
         require_digit_tokens(Words(unk="?", **ten), "objective.push_term soft_iou")
 
 
-@pytest.mark.parametrize("merged", ["77", "9.9", " 3", "-1", "1]", "8,", "-0."])
+@pytest.mark.parametrize("merged", ["77", "9.9", " 3", "-1", "1]", "8,", "-0.", ",1", "2,-3"])
 def test_a_merged_digit_token_raises(merged: str) -> None:
     tokenizer = train_tokenizer([ANSWER] * 3)
     tokenizer.add_tokens([merged])

@@ -231,6 +231,22 @@ def test_digit_tokens_of_tokenizers_that_split_digits(tokenizers: dict[str, Any]
         assert found.sign[number] + 1 == tokens[0]
 
 
+@pytest.mark.parametrize("name", SPLIT)
+@pytest.mark.parametrize("answer", ["0.63,-12.4,3.0,-0.59,2.35,118.0", "-0.63,12.4,-3.0,0.59,-2.35,-118.0"])
+def test_digit_tokens_of_world_answers(tokenizers: dict[str, Any], name: str, answer: str) -> None:
+    """Also of a first number, before which SentencePiece puts a space that is in no text."""
+    tokenizer = tokenizers[name]
+    ids, (tokens, offsets) = tokenizer(answer, add_special_tokens=False)["input_ids"], encode(tokenizer, answer)
+    found = find_answer_tokens("grounding", answer, offsets, "world")
+    tables = token_tables(tokenizer, len(tokenizer))
+    chosen = [token for token, flag in zip(tokens, found.where, strict=True) if flag]
+    assert found.single_digits and "".join(chosen) == "".join(c for c in answer if c.isdigit())
+    for number, text in enumerate(answer.split(",")):
+        assert "".join(tokens[i] for i in found.digits[number]) == text.removeprefix("-")
+        assert bool(tables.minus[ids[found.sign[number]]]) == text.startswith("-")
+        assert found.sign[number] == max(found.digits[number][0] - 1, 0)
+
+
 @pytest.mark.parametrize("name", MERGED)
 def test_no_digit_tokens_where_digits_merge(tokenizers: dict[str, Any], name: str) -> None:
     found = find_answer_tokens("grounding", ANSWER, encode(tokenizers[name], ANSWER)[1])

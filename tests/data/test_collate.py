@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from encoder_inputs import geometry_images, pixel_values
-from w2r2_ds.data.answer_tokens import NUMBERS
+from w2r2_ds.data.answer_tokens import MAX_NUMBERS
 from w2r2_ds.data.collate import dummy_visuals
 from w2r2_ds.data.loader import make_collate, make_processor, prompt_loader
 from w2r2_ds.types.batch import map_tensors
@@ -41,7 +41,7 @@ def test_digit_tokens_select_the_digits(frontend: Any, batch_of: Any, samples: l
     found = torch.zeros_like(positions.where)
     for index in range(len(samples)):
         numbers = []
-        for number in range(NUMBERS):
+        for number in range(MAX_NUMBERS):
             at = positions.digit[index, number]
             at = at[at >= 0]
             assert (positions.sample[at] == index).all() and positions.sample[positions.sign[index, number]] == index
@@ -159,8 +159,11 @@ def test_mixed_tasks(
 
 def test_a_batch_without_numbers(batch_of: Any, caption_sample: Any, answer_sample: Any) -> None:
     positions = batch_of([caption_sample, answer_sample, caption_sample]).answer_positions
-    assert positions.digit.tolist() == [[[-1]] * NUMBERS] * 3
-    assert positions.place_value.tolist() == [[[0.0]] * NUMBERS] * 3 and positions.sign.tolist() == [[0] * NUMBERS] * 3
+    assert positions.digit.tolist() == [[[-1]] * MAX_NUMBERS] * 3
+    assert (
+        positions.place_value.tolist() == [[[0.0]] * MAX_NUMBERS] * 3
+        and positions.sign.tolist() == [[0] * MAX_NUMBERS] * 3
+    )
 
 
 def test_prompts_are_left_padded_and_optional(batch_of: Any, samples: list[Any], text_samples: list[Any]) -> None:

@@ -22,7 +22,7 @@ BOX = np.array([0.1, -2.0, 0.7, 1.2, 0.9, 1.6, 0.0, 0.0, 0.0])
 
 
 def make(root: Path) -> list[Sample]:
-    """One sample of every kind; the first two share a frame."""
+    """One sample of every kind and box format; the first two share a frame."""
     poses = np.random.default_rng(0).normal(size=(3, 4, 4))
     frames = tuple(root / "posed_images" / "scene0000_00" / f"{i:05d}.jpg" for i in range(3))
     target = Target(BOX, 4, "office chair", "multiple", "unique", 3, "2", BOX[:6] + 0.125)
@@ -39,7 +39,7 @@ def make(root: Path) -> list[Sample]:
         references=(Reference("a chair.", ("a", "chair", ".")), Reference("très bien")),
     )
     none = Sample("c", "detection", "s", (), np.zeros((0, 4, 4)), "?", "[]", objects=(LabeledBox("chair", BOX),))
-    return [first, caption, none]
+    return [first, caption, replace(none, box_format="world")]
 
 
 def write(folder: Path, root: Path) -> list[Sample]:

@@ -20,7 +20,7 @@ from w2r2_ds.evaluation.predictions.record import record_of
 from w2r2_ds.evaluation.protocols.records import answer_world_box, enclosing_box
 from w2r2_ds.evaluation.protocols.registry import PROTOCOLS
 from w2r2_ds.evaluation.protocols.scan2cap_rules import split_words
-from w2r2_ds.evaluation.scoring import check_scorable, choose_protocols, headline, score_records
+from w2r2_ds.evaluation.scoring import check_scorable, choose_protocols, headline, parsed_share, score_records
 from w2r2_ds.types.sample import Reference, Sample
 
 MOVED = beside(0.4)
@@ -86,14 +86,18 @@ def test_world_box_answers() -> None:
     sample = in_world(grounding())
     (record,) = records([(sample, "1.6,4.7,0.5,2.4,5.3,1.5")])
     assert answer_world_box(record) == pytest.approx(BOX[:6].tolist())
-    (name,) = score_records([record])
-    assert name == "scanrefer/video3dllm"
+    assert record["form"] == "world" and "cam_to_world" not in record
+    ((name, result),) = score_records([record]).items()
+    assert name == "scanrefer/video3dllm" and result["all"]["acc@0.5"] == 1 and parsed_share([record]) == 1
     assert set(score_records([record], ["all"])) == {"scanrefer/video3dllm", "scanrefer/scanrefer_official"}
     for protocol in ("vgllm-direct", "vgllm", "scanrefer/vgllm_ZXY"):
         with pytest.raises(ValueError, match="boxes in camera coordinates, but these answers are in world coordinates"):
             choose_protocols([protocol], [record])
-    (rejected,) = records([(sample, camera_answer(sample))])
-    assert answer_world_box(rejected) is None
+    for text in (camera_answer(sample), "-1e308,0,0,1e308,1,1"):  # the second one's size overflows
+        (rejected,) = records([(sample, text)])
+        assert answer_world_box(rejected) is None
+        assert score_records([rejected])["scanrefer/video3dllm"]["all"]["acc@0.25"] == 0
+    assert parsed_share(records([(sample, camera_answer(sample))])) == 0
     with pytest.raises(ValueError, match="mix camera and world"):
         choose_protocols([], [record, *records([(grounding(), "")])])
 

@@ -56,7 +56,7 @@ def in_world(sample: Sample) -> Sample:
     """The same sample with Video-3D-LLM's prompt, which asks for a box in world coordinates."""
     text = sample.question[sample.what[0] : sample.what[1]]
     begin = WORLD_QUESTION.index("{}")
-    return replace(sample, question=WORLD_QUESTION.format(text), what=(begin, begin + len(text)), kind="answer")
+    return replace(sample, question=WORLD_QUESTION.format(text), what=(begin, begin + len(text)), box_format="world")
 
 
 def caption(number: int = 3, described: np.ndarray | None = BOX[:6], scene: str = "scene0011_00") -> Sample:

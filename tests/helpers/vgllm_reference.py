@@ -23,7 +23,7 @@ from golden_files import Golden
 from objectives import objective_config
 from w2r2_ds.config.schema import RunConfig
 from w2r2_ds.convert.from_vgllm import fill, split_state, vggt_config, vgllm_name
-from w2r2_ds.data.answer_tokens import NUMBERS, TokenTables
+from w2r2_ds.data.answer_tokens import MAX_NUMBERS, TokenTables
 from w2r2_ds.data.collate import token_counts
 from w2r2_ds.models.frame_pixels import unit_range
 from w2r2_ds.models.fusion import make_fusion
@@ -101,7 +101,7 @@ def batch_of(golden: Golden) -> Batch:
     )
     visuals = Visuals("image", grid, sizes, tower, spec, frames, frames)
     assert torch.equal(pixel_values(visuals), tensors["in/pixel_values"]), "the recorded input of the vision tower"
-    digits = torch.full((count, NUMBERS, 1), -1)
+    digits = torch.full((count, MAX_NUMBERS, 1), -1)
     return Batch(
         ids=tuple(map(str, range(count))),
         tasks=("scan2cap",) * count,
@@ -123,11 +123,13 @@ def batch_of(golden: Golden) -> Batch:
             digit=digits,
             place_value=torch.zeros_like(digits, dtype=torch.float64),
             sign=torch.zeros_like(digits[..., 0]),
+            in_world=torch.zeros(count, dtype=torch.bool),
         ),
         cam_to_world=torch.full((count, 1, 4, 4), torch.nan, dtype=torch.float64),
         target_box=torch.full((count, 9), torch.nan, dtype=torch.float64),
         optional_description_positions=DescriptionPositions(sample[:0], sample[:0], position[:0]),
         kinds=("caption",) * count,
+        box_formats=("camera",) * count,
         answers=("",) * count,
     )
 

@@ -14,6 +14,7 @@ from objectives import objective_config
 from w2r2_ds.objective.loss import STATS, PassOutputs, sample_weights, score_shortcut, w2r2_loss
 from w2r2_ds.objective.push_terms import PUSH_TERMS, build_push_term
 from w2r2_ds.objective.scorer import Scorer
+from world_answers import POSITIVE, in_world
 
 HIDDEN = 8
 GATED = [name for name, term in PUSH_TERMS.items() if term.gated]
@@ -140,6 +141,32 @@ def test_loss_does_not_depend_on_split_order_and_padding(
     turned = total(samples[::-1], **changes)
     torch.testing.assert_close(together.loss, turned.loss)
     torch.testing.assert_close(together.stats, turned.stats.flip(0))
+
+
+@pytest.mark.parametrize("push", PUSH_TERMS)
+def test_push_terms_support_both_box_formats_in_one_batch(
+    samples: list[Any], batch_of: Any, total: Callable[..., Total], push: str
+) -> None:
+    """A world box between two camera boxes: s, the hinge, the term and its gradient, as in a batch of its own."""
+    mixed = [samples[0], in_world(samples[1], POSITIVE), samples[2]]
+    batch, hard = batch_of(mixed), {"margin": 30.0, "iou_margin": 0.5, "mu": 0.0}
+    rows = batch.answer_positions
+    sample_of_states = torch.cat([rows.sample, batch.description_positions.sample])
+    wrong = {"sure": -3.0} if push in ("pseudo_label", "poe") else {}  # zero for a correct shortcut
+    ours, plain = total(mixed, push=push, **hard, **wrong), total(mixed, push="none", **wrong)
+    assert wrong or ((ours.column("s_short") > 0.95).all() and (ours.column("above_mu") == 1).all())
+    assert not ours.column("invalid_short").any() or wrong
+    assert ours.column("push").ne(0).tolist() == [push != "none"] * 3
+    for index in range(3):
+        mine = rows.sample == index
+        changed = not torch.equal(ours.fused[mine], plain.fused[mine])
+        assert (changed or ours.fused_states[sample_of_states == index].any()) == (
+            push not in ("none", "literal", "unblocked")
+        )
+        assert ours.short[mine].any() == (push == "unblocked")
+        alone = total(mixed[index : index + 1], push=push, **hard, **wrong)
+        torch.testing.assert_close(ours.stats[[index]], alone.stats)
+        torch.testing.assert_close(ours.fused[mine], alone.fused)
 
 
 @pytest.mark.parametrize("push", PUSH_TERMS)

@@ -58,10 +58,10 @@ def test_a_task_parses_and_compares_its_own_answers(
 
         name = "prefixed"
 
-        def parse(self, text: str, frame_count: int) -> Any:
+        def parse(self, text: str, frame_count: int, box_format: Any = "camera") -> Any:
             if not text.startswith("box:"):
                 raise AnswerError("no box:")
-            return super().parse(text.removeprefix("box:"), frame_count)
+            return super().parse(text.removeprefix("box:"), frame_count, box_format)
 
         def text_similarity(self, prediction: str, reference: str) -> float | None:
             return 1 / (1 + abs(len(prediction) - len(reference)))

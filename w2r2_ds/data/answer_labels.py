@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from w2r2_ds.data.answer_tokens import NUMBERS
+from w2r2_ds.data.answer_tokens import MAX_NUMBERS
 from w2r2_ds.data.packing import TokenPlacement
 from w2r2_ds.data.processor import Features
 from w2r2_ds.types.batch import AnswerPositions, DescriptionPositions
@@ -32,9 +32,9 @@ def collate_answer_positions(features: Sequence[Features], placements: Sequence[
     answers = [feature.answer_tokens for feature in features if feature.answer_tokens is not None]
     assert len(answers) == len(features), "training features have answers"
     width = max([1, *(len(tokens) for answer in answers for tokens in answer.digits)])
-    digit = torch.full((len(features), NUMBERS, width), -1, dtype=torch.int64)
-    place_value = torch.zeros((len(features), NUMBERS, width), dtype=torch.float64)
-    sign = torch.zeros((len(features), NUMBERS), dtype=torch.int64)
+    digit = torch.full((len(features), MAX_NUMBERS, width), -1, dtype=torch.int64)
+    place_value = torch.zeros((len(features), MAX_NUMBERS, width), dtype=torch.float64)
+    sign = torch.zeros((len(features), MAX_NUMBERS), dtype=torch.int64)
     position, label, where = [], [], []
     begin = 0  # first entry of this sample's answer in the concatenation
     for index, (feature, answer) in enumerate(zip(features, answers, strict=True)):
@@ -45,7 +45,7 @@ def collate_answer_positions(features: Sequence[Features], placements: Sequence[
         label.append(feature.input_ids[length - count :])
         where.append(torch.from_numpy(answer.where))
         if answer.single_digits:
-            sign[index] = torch.from_numpy(answer.sign) + begin
+            sign[index, : len(answer.sign)] = torch.from_numpy(answer.sign) + begin
         for number, (tokens, values) in enumerate(zip(answer.digits, answer.place_values, strict=True)):
             digit[index, number, : len(tokens)] = torch.tensor(tokens) + begin
             place_value[index, number, : len(tokens)] = torch.tensor(values, dtype=torch.float64)
@@ -60,6 +60,9 @@ def collate_answer_positions(features: Sequence[Features], placements: Sequence[
         digit=digit,
         place_value=place_value,
         sign=sign,
+        in_world=torch.tensor(
+            [each.sample.kind == "grounding" and each.sample.box_format == "world" for each in features]
+        ),
     )
 
 

@@ -1,8 +1,9 @@
 """Find *where* tokens (digits of a box) in an answer and *what* tokens (the description) in a prompt.
 
-A grounding answer contains ten numbers: the frame index and the nine box values. Their digits are the *where* tokens;
-JSON syntax, signs and decimal points are neither *where* nor *what*. If the tokenizer encodes every digit as a token of
-its own, the digit tokens of every number, their place values and the token with the sign are found too.
+A grounding answer contains the numbers of its box format: frame index and nine box values, or the two corners of a
+world box. Their digits are the *where* tokens; JSON syntax, commas, signs and decimal points are neither *where* nor
+*what*. If the tokenizer encodes every digit as a token of its own, the digit tokens of every number, their place values
+and the token with the sign are found too.
 
 The label mask (which tokens are the answer) is in `answer_labels.py`.
 
@@ -15,15 +16,19 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, get_args
 
 import numpy as np
 import torch
 
-from w2r2_ds.types.sample import Kind
+from w2r2_ds.types.sample import BoxFormat, Kind
 
-NUMBERS = 10
-"""Numbers of a grounding answer: frame index and nine box values."""
+NUMBERS: dict[BoxFormat, int] = {"camera": 10, "world": 6}
+"""Number of numbers of a grounding answer: frame index and nine box values, or two corners."""
+
+MAX_NUMBERS = max(NUMBERS.values())
+"""Size of the tensors that have one entry per number; those of a shorter format are padded."""
 
 Offsets = Sequence[tuple[int, int]]
 """Characters ``[begin, end)`` of every token; a fast tokenizer's ``offset_mapping``."""
@@ -46,9 +51,11 @@ class AnswerTokens:
         number: ``[tokens]`` int64, index of the number whose digits the token contains; -1 for other tokens.
         single_digits: True if every digit and decimal point of every number is a token of its own, without even a
             space beside it; False if there are no numbers. The fields below are empty if this is False.
-        sign: ``[NUMBERS]`` int64, the token before a number's first digit, which carries its sign.
-        digits: ``NUMBERS`` lists: the tokens of a number's digits and decimal point.
-        place_values: ``NUMBERS`` lists: place value of each of these tokens (10, 1, 0.1, ...), 0 for the decimal point.
+        sign: ``[numbers]`` int64, the token at which the sign is predicted: the token before the first digit, or the
+            first digit itself if the answer begins with it.
+        digits: one list per number: the tokens of its digits and decimal point.
+        place_values: one list per number: place value of each of these tokens (10, 1, 0.1, ...), 0 for the decimal
+            point.
     """
 
     where: np.ndarray
@@ -59,7 +66,7 @@ class AnswerTokens:
     place_values: list[list[float]]
 
 
-def find_answer_tokens(kind: Kind, answer: str, offsets: Offsets) -> AnswerTokens:
+def find_answer_tokens(kind: Kind, answer: str, offsets: Offsets, box_format: BoxFormat = "camera") -> AnswerTokens:
     """Find the *where* tokens and the digit tokens of an answer.
 
     Works with any tokenizer. If it merges digits, `where` and `number` are set and `single_digits` is False.
@@ -68,14 +75,16 @@ def find_answer_tokens(kind: Kind, answer: str, offsets: Offsets) -> AnswerToken
         kind: kind of the answer.
         answer: text of the answer, without the end of turn.
         offsets: character offsets of all tokens of the answer, including the end of turn.
+        box_format: numbers of a grounding answer.
 
     Raises:
-        ValueError: the kind is unknown, or a grounding answer does not contain ten numbers or begins with one.
+        ValueError: the kind or the box format is unknown, or a grounding answer has another number of numbers than its
+            box format.
     """
     if kind not in get_args(Kind):
         raise ValueError(f"A sample's kind is {kind!r}; it is one of {', '.join(get_args(Kind))}.")
     if kind == "grounding":
-        return _grounding_tokens(answer, _covering(offsets))
+        return _grounding_tokens(answer, _covering(offsets), box_format)
     where = np.array([begin < len(answer) for begin, _ in offsets], dtype=bool)
     return AnswerTokens(where, np.full(len(where), -1, dtype=np.int64), False, np.zeros(0, dtype=np.int64), [], [])
 
@@ -95,15 +104,16 @@ def _covering(offsets: Offsets) -> list[tuple[int, int]]:
     return result
 
 
-def _grounding_tokens(answer: str, offsets: Offsets) -> AnswerTokens:
+def _grounding_tokens(answer: str, offsets: Offsets, box_format: BoxFormat) -> AnswerTokens:
     """`find_answer_tokens` of a grounding answer; `offsets` as `_covering` returns them."""
+    if box_format not in NUMBERS:
+        raise ValueError(f"A sample's box_format is {box_format!r}; it is one of {', '.join(NUMBERS)}.")
     matches = list(_NUMBER.finditer(answer))
-    if len(matches) != NUMBERS:
+    if len(matches) != NUMBERS[box_format]:
         raise ValueError(
-            f"A grounding answer has {NUMBERS} numbers (frame and box); this one has {len(matches)}: {answer!r}."
+            f"A grounding answer of box_format {box_format} has {NUMBERS[box_format]} numbers; this one has "
+            f"{len(matches)}: {answer!r}."
         )
-    if matches[0].start(2) == 0:
-        raise ValueError(f"An answer must not begin with a number, there is no token for its sign: {answer!r}.")
     # Position of a digit in the text -> index of its number. A token belongs to the number of its first digit.
     number_at = {
         character: index
@@ -115,14 +125,21 @@ def _grounding_tokens(answer: str, offsets: Offsets) -> AnswerTokens:
         [next((number_at[c] for c in range(begin, end) if c in number_at), -1) for begin, end in offsets],
         dtype=np.int64,
     )
-    # Position of a character in the text -> the token that is this one character, for all such tokens. The tokens are
-    # single digits if every digit and decimal point has one.
+    # SentencePiece may put a token for a space before a text, with the offsets of the first character. It has no digit:
+    # the next token covers all of its characters.
+    for index, ((begin, end), (next_begin, next_end)) in enumerate(pairwise(offsets)):
+        if next_begin <= begin and end <= next_end:
+            number[index] = -1
+    # Position of a character in the text -> the last token that is this one character. The tokens are single digits if
+    # every digit and decimal point has one.
     single = {begin: index for index, (begin, end) in enumerate(offsets) if end == begin + 1}
     digits = [[single.get(character, -1) for character in range(*match.span(2))] for match in matches]
     if any(-1 in tokens for tokens in digits):
         return AnswerTokens(number >= 0, number, False, np.zeros(0, dtype=np.int64), [], [])
-    # The token before the first digit carries the sign: for a negative number it ends with the minus (``-`` or `` -``).
-    sign = np.array([tokens[0] - 1 for tokens in digits], dtype=np.int64)
+    # The token before the first digit carries the sign: for a negative number it ends with the minus (``-``, `` -`` or
+    # ``,-``). An answer that begins with a digit has no such token. There, a minus would be predicted instead of that
+    # digit, so this is the token of the sign. (A negative number at the beginning has its minus before its digits.)
+    sign = np.array([max(tokens[0] - 1, 0) for tokens in digits], dtype=np.int64)
     return AnswerTokens(number >= 0, number, True, sign, digits, [_place_values(match.group(2)) for match in matches])
 
 
@@ -182,8 +199,8 @@ def token_tables(tokenizer: Any, vocabulary: int) -> TokenTables:
 def require_digit_tokens(tokenizer: Any, what: str) -> None:
     """Raise ValueError unless a tokenizer encodes every digit as a token of its own.
 
-    The check, made before training, encodes grounding answers that contain every number with two decimals between -20
-    and 20, and frame indices up to 443.
+    The check, made before training, encodes grounding answers of both box formats that contain every number with two
+    decimals between -20 and 20, and frame indices up to 443.
 
     Args:
         tokenizer: tokenizer of the VLM.
@@ -193,10 +210,10 @@ def require_digit_tokens(tokenizer: Any, what: str) -> None:
         ValueError: a digit is merged with another character, or its token does not decode to that digit.
     """
     digit = token_tables(tokenizer, max(tokenizer.get_vocab().values()) + 1).digit
-    for answer in _probe_answers():
+    for answer, box_format in _probe_answers():
         encoded = tokenizer(answer, add_special_tokens=False, return_offsets_mapping=True)
         ids, offsets = encoded["input_ids"], _covering(encoded["offset_mapping"])
-        found = find_answer_tokens("grounding", answer, offsets)
+        found = find_answer_tokens("grounding", answer, offsets, box_format)
         for index in np.flatnonzero(found.where).tolist():
             text = answer[slice(*offsets[index])]
             if not _DIGIT.fullmatch(text) or int(text) != digit[ids[index]]:
@@ -207,9 +224,10 @@ def require_digit_tokens(tokenizer: Any, what: str) -> None:
                 )
 
 
-def _probe_answers() -> Iterator[str]:
-    """Grounding answers that contain every number with two decimals between -20 and 20."""
+def _probe_answers() -> Iterator[tuple[str, BoxFormat]]:
+    """Grounding answers of each box format that contain every number with two decimals between -20 and 20."""
     values = [f"{hundredths / 100:.2f}" for hundredths in range(-1999, 2000)]
-    for frame in range(len(values) // (NUMBERS - 1)):
-        box = values[frame * (NUMBERS - 1) : (frame + 1) * (NUMBERS - 1)]
-        yield f'{{"frame": {frame}, "bbox_3d": [{", ".join(box)}]}}'
+    for frame, begin in enumerate(range(0, len(values) - 8, 9)):
+        yield f'{{"frame": {frame}, "bbox_3d": [{", ".join(values[begin : begin + 9])}]}}', "camera"
+    for begin in range(0, len(values) - 5, 6):
+        yield ",".join(values[begin : begin + 6]), "world"

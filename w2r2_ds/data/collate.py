@@ -121,6 +121,7 @@ class Collator:
             cam_to_world=_poses(samples),
             target_box=_target_boxes(samples),
             kinds=tuple(sample.kind for sample in samples),
+            box_formats=tuple(sample.box_format for sample in samples),
             answers=tuple(sample.answer for sample in samples),
             prompts=self._prompts(features, sets) if self.with_prompts else None,
             anchors=None if self.anchors is None else self.anchors(samples, with_frames),

@@ -26,7 +26,7 @@ from w2r2_ds.utils.files import atomic_io
 from w2r2_ds.utils.files.hashing import json_sha256
 from w2r2_ds.utils.sanitize import CONTROL
 
-VERSION = 5
+VERSION = 6
 """Version of the schema and the manifest; increase it when older folders can no longer be read."""
 
 CHUNK = 1024
@@ -61,6 +61,7 @@ SAMPLE_SCHEMA = pa.schema(
         ("question", pa.string()),
         ("answer", pa.string()),
         ("kind", pa.string()),
+        ("box_format", pa.string()),
         ("what", pa.list_(pa.int64(), 2)),
         ("target", _TARGET),
         ("references", pa.list_(pa.struct([("text", pa.string()), ("words", pa.list_(pa.string()))]))),
@@ -153,6 +154,7 @@ class PreparedSet(Sequence[Sample]):
             answer=row["answer"],
             target=_target(row["target"]),
             kind=row["kind"],
+            box_format=row["box_format"],
             what=(begin, end),
             references=tuple(Reference(r["text"], tuple(r["words"])) for r in row["references"]),
             objects=tuple(LabeledBox(o["label"], np.array(o["box"])) for o in row["objects"]),
@@ -225,6 +227,7 @@ def _row(sample: Sample, root: Path) -> dict[str, Any]:
         "question": sample.question,
         "answer": sample.answer,
         "kind": sample.kind,
+        "box_format": sample.box_format,
         "what": list(sample.what),
         "target": None if target is None else vars(target),
         "references": [{"text": r.text, "words": list(r.words)} for r in sample.references],

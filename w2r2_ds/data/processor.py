@@ -251,7 +251,8 @@ class Processor:
         encoded = self.tokenizer(
             sample.answer + self.end_of_turn, add_special_tokens=False, return_offsets_mapping=True
         )
-        return encoded["input_ids"], find_answer_tokens(sample.kind, sample.answer, encoded["offset_mapping"])
+        offsets = encoded["offset_mapping"]
+        return encoded["input_ids"], find_answer_tokens(sample.kind, sample.answer, offsets, sample.box_format)
 
     def _check_special_tokens(self, sample: Sample, text: str) -> None:
         """Raise ValueError if a text contains a special token, which would end a turn or shift placeholders."""

@@ -13,6 +13,7 @@ from w2r2_ds.data.tasks.parsing import AnswerError
 from w2r2_ds.evaluation.metrics.captions import MetricValue
 from w2r2_ds.evaluation.protocols.records import AnswerRecord, Proposals, check_keys, raise_with_first
 from w2r2_ds.evaluation.protocols.registry import Protocol, find_protocol, protocols_of
+from w2r2_ds.types.sample import BoxFormat
 from w2r2_ds.utils.parallel import listed
 
 logger = logging.getLogger(__name__)
@@ -209,9 +210,10 @@ def parsed_share(records: Sequence[AnswerRecord]) -> float:
     parsed = 0
     for record in records:
         text = record["text"] or ""  # a missing prediction counts as an empty answer
+        box_format: BoxFormat = "world" if record.get("form") == "world" else "camera"
         try:
             if task is not None:
-                task.parse(text, len(record.get("cam_to_world") or ()))
+                task.parse(text, len(record.get("cam_to_world") or ()), box_format)
         except AnswerError:
             continue
         parsed += bool(text.strip())

@@ -4,9 +4,10 @@
     E[number] = (1 - 2 P(minus)) * sum_digits place E[d]     P(minus): probability of all tokens that end with a minus
                                                              sign, at the token before the first digit
 
-The predictions are teacher-forced, so each distribution is conditioned on the label's tokens before it; the frame is
-the label's too. Digits are averaged independently: for the label 3.02, equal probabilities of 2 and 3 at the first
-digit give 2.52. No operation synchronizes with the host.
+The predictions are teacher-forced, so each distribution is conditioned on the label's tokens before it; the frame of a
+camera box is the label's too. The corners of a world box are expected numbers, its centre and size follow from them.
+Digits are averaged independently: for the label 3.02, equal probabilities of 2 and 3 at the first digit give 2.52. No
+operation synchronizes with the host.
 """
 
 from __future__ import annotations
@@ -17,7 +18,13 @@ from torch import Tensor
 from w2r2_ds.boxes3d.giou import oriented_giou
 from w2r2_ds.boxes3d.transforms import camera_to_world_torch
 from w2r2_ds.data.answer_tokens import TokenTables
-from w2r2_ds.objective.similarity import center_size_rotation, frame_poses, has_numbers, predicted_numbers
+from w2r2_ds.objective.similarity import (
+    answer_boxes,
+    box_poses,
+    center_size_rotation,
+    has_numbers,
+    predicted_numbers,
+)
 from w2r2_ds.types.batch import AnswerPositions, Batch
 
 MAX_DIGIT_TOKENS = 128
@@ -36,8 +43,8 @@ def expected_numbers(log_p: Tensor, positions: AnswerPositions, tables: TokenTab
         tables: digit and sign of every token of the vocabulary.
 
     Returns:
-        ``[batch, NUMBERS]`` in the dtype of `log_p`, at least float32; 0 without gradient for a sample without digit
-        tokens.
+        ``[batch, MAX_NUMBERS]`` in the dtype of `log_p`, at least float32; 0 without gradient for a sample without
+        digit tokens and after the last number of a box format.
     """
     log_p = log_p.to(torch.promote_types(log_p.dtype, torch.float32))
     digits = _expected_digits(log_p, tables)
@@ -52,8 +59,9 @@ def expected_numbers(log_p: Tensor, positions: AnswerPositions, tables: TokenTab
 def expected_overlap(log_p: Tensor, batch: Batch, tables: TokenTables) -> tuple[Tensor, Tensor, Tensor]:
     """IoU3D and GIoU of the expected box with the label's box, in world coordinates.
 
-    The expected box is in the camera coordinates of the label's frame. With a size that is not positive (a minus sign
-    is more likely than not) it has IoU 0 and GIoU -1, without gradient.
+    The expected box is in the world or in the camera of the label's frame, by the sample's box format. With a size that
+    is not positive it has IoU 0 and GIoU -1, without gradient: in a camera if a minus sign is more likely than not, in
+    the world if an expected highest coordinate is not above the lowest.
 
     Args:
         log_p: ``[answer tokens, vocabulary]`` log-probabilities, normalised.
@@ -67,9 +75,9 @@ def expected_overlap(log_p: Tensor, batch: Batch, tables: TokenTables) -> tuple[
     positions = batch.answer_positions
     # Predictions equal to the labels give the label's own numbers.
     frame = predicted_numbers(positions.label, positions, tables)[:, 0].long()
-    pose, exists = frame_poses(batch.cam_to_world, frame)
+    pose, exists = box_poses(batch.cam_to_world, frame, positions.in_world)
     has_box = has_numbers(positions) & exists & batch.target_box.isfinite().all(-1)
-    boxes = expected_numbers(log_p, positions, tables)[:, 1:].double()
+    boxes = answer_boxes(expected_numbers(log_p, positions, tables).double(), positions.in_world)
     iou, giou = oriented_giou(*camera_to_world_torch(boxes, pose), *center_size_rotation(batch.target_box))
     return torch.where(has_box, iou, 0.0), torch.where(has_box, giou, 0.0), has_box
 

@@ -23,7 +23,7 @@ Notation (the paper is arXiv 2510.17034):
   shortcut are detached unless the term sets `stop_gradient` to False
 * y, y': the label's token and the shortcut's most likely token
 * s: similarity of the shortcut's answer to the label; mu: threshold; h = max(0, s - mu): the hinge, detached
-* W: the *where* tokens of an answer: digits of frame and box, or every token of a caption or a short answer
+* W: the *where* tokens of an answer: digits of a box (and its frame), or every token of a caption or a short answer
 * A: the *what* tokens: the description in the prompt
 * z, z': last hidden states of the fused pass and of the shortcut
 * E[b], E'[b]: expected boxes of the fused pass and of the shortcut (`objective/expected_box.py`)

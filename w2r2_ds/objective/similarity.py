@@ -18,13 +18,13 @@ from w2r2_ds.boxes3d.iou import oriented_iou
 from w2r2_ds.boxes3d.transforms import camera_to_world_torch, euler_angles_to_matrix_torch
 from w2r2_ds.data.answer_tokens import TokenTables
 from w2r2_ds.data.tasks.base import TASKS
-from w2r2_ds.data.tasks.parsing import AnswerError
+from w2r2_ds.data.tasks.parsing import AnswerError, WorldGrounding
 from w2r2_ds.models.family import cut_at_end
 from w2r2_ds.types.batch import AnswerPositions, Batch
 
 
 def predicted_numbers(predicted: torch.Tensor, positions: AnswerPositions, tables: TokenTables) -> torch.Tensor:
-    """Frame index and box values of teacher-forced predictions.
+    """Numbers of teacher-forced predictions: frame index and box values, or the corners of a world box.
 
     Besides a wrong digit, a prediction may end a number early (``1`` for the label 12 is 1), or continue where the
     label ends or has its decimal point (``12`` for the label 1 is 12, plus half a unit for its unknown decimals). A
@@ -36,7 +36,7 @@ def predicted_numbers(predicted: torch.Tensor, positions: AnswerPositions, table
         tables: digit and sign of every token of the vocabulary.
 
     Returns:
-        ``[batch, NUMBERS]`` float64, 0 for a sample without digit tokens.
+        ``[batch, MAX_NUMBERS]`` float64, 0 for a sample without digit tokens and after the last number of a box format.
     """
     index, place = _with_next_token(positions)
     label, guess = positions.label[index.clamp(min=0)], predicted[index.clamp(min=0)]
@@ -51,7 +51,7 @@ def predicted_numbers(predicted: torch.Tensor, positions: AnswerPositions, table
     first_wrong = counted & ~correct
 
     def at_first_wrong(values: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
-        """``[batch, NUMBERS]`` value at a number's first wrong token, 0 unless the condition holds there."""
+        """``[batch, MAX_NUMBERS]`` value at a number's first wrong token, 0 unless the condition holds there."""
         return torch.where(first_wrong & condition, values, 0.0).sum(-1)
 
     one = torch.ones_like(place)
@@ -65,7 +65,7 @@ def predicted_numbers(predicted: torch.Tensor, positions: AnswerPositions, table
     value = torch.where(is_longer, 10 * value + at_first_wrong(digit.to(place.dtype), is_digit), value)
     # The digits after a wrong one are unknown: take the middle of the interval that they span.
     half_unit = at_first_wrong(torch.where(place == 0, one, place) / 2, is_digit)
-    half_unit[:, 0] = 0.0
+    half_unit[:, 0] = torch.where(positions.in_world, half_unit[:, 0], 0.0)  # a frame index has no half unit
     sign = torch.where(tables.minus[predicted[positions.sign]], -1.0, 1.0)
     return sign * (value + half_unit)
 
@@ -74,8 +74,8 @@ def _with_next_token(positions: AnswerPositions) -> tuple[torch.Tensor, torch.Te
     """`digit` and `place_value` of the answer positions, with the token after every number as one more entry.
 
     Returns:
-        ``[batch, NUMBERS, width + 1]`` int64 answer tokens, -1 for padding; and their float64 place values. The added
-        one is a tenth of the last digit's place in a decimal number, and 0 after an integer.
+        ``[batch, MAX_NUMBERS, width + 1]`` int64 answer tokens, -1 for padding; and their float64 place values. The
+        added one is a tenth of the last digit's place in a decimal number, and 0 after an integer.
     """
     index = torch.nn.functional.pad(positions.digit, (0, 1), value=-1)
     place = torch.nn.functional.pad(positions.place_value, (0, 1))
@@ -89,8 +89,24 @@ def _with_next_token(positions: AnswerPositions) -> tuple[torch.Tensor, torch.Te
 
 
 def has_numbers(positions: AnswerPositions) -> torch.Tensor:
-    """``[batch]`` bool: the sample's answer has digit tokens."""
-    return (positions.digit >= 0).any(-1).all(-1)
+    """``[batch]`` bool: the sample's answer has digit tokens (all of its numbers have, or none)."""
+    return (positions.digit >= 0).flatten(1).any(-1)
+
+
+def answer_boxes(numbers: torch.Tensor, in_world: torch.Tensor) -> torch.Tensor:
+    """Boxes of grounding answers from their numbers.
+
+    Args:
+        numbers: ``[batch, MAX_NUMBERS]`` floating point.
+        in_world: ``[batch]`` bool, the numbers are those of box format ``world``.
+
+    Returns:
+        ``[batch, 9]`` centre, size and ZXY angles, in the world or in the camera of the answer's frame. The size of a
+        world box is its highest minus its lowest corner, so it may be negative.
+    """
+    low, high = numbers[:, :3], numbers[:, 3:6]
+    between_corners = torch.cat([low / 2 + high / 2, high - low, torch.zeros_like(low)], dim=-1)
+    return torch.where(in_world[:, None], between_corners, numbers[:, 1:])
 
 
 def grounding_similarity(
@@ -98,7 +114,7 @@ def grounding_similarity(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """IoU3D of teacher-forced boxes with the label's box, in world coordinates.
 
-    A predicted box is in the camera coordinates of the predicted frame.
+    A predicted box is in the world or in the camera of the predicted frame, by the sample's box format.
 
     Args:
         predicted: ``[answer tokens]`` int64, most likely token at every answer position.
@@ -106,12 +122,15 @@ def grounding_similarity(
         tables: digit and sign of every token of the vocabulary.
 
     Returns:
-        s ``[batch]`` float64 in [0, 1]; and valid ``[batch]`` bool: the answer has a frame of the sample, and a box
-        with positive sizes. s is 0 for an invalid answer and for a sample without digit tokens.
+        s ``[batch]`` float64 in [0, 1]; and valid ``[batch]`` bool: the answer has a box with positive sizes and, for
+        box format ``camera``, a frame of the sample. s is 0 for an invalid answer and for a sample without digit
+        tokens.
     """
-    numbers = predicted_numbers(predicted, batch.answer_positions, tables)
-    has_box = has_numbers(batch.answer_positions)
-    return _world_iou(numbers[:, 0].long(), numbers[:, 1:], has_box, batch.cam_to_world, batch.target_box)
+    positions = batch.answer_positions
+    numbers = predicted_numbers(predicted, positions, tables)
+    boxes = answer_boxes(numbers, positions.in_world)
+    pose, exists = box_poses(batch.cam_to_world, numbers[:, 0].long(), positions.in_world)
+    return _world_iou(boxes, pose, has_numbers(positions) & exists, batch.target_box)
 
 
 def decoded_grounding_similarity(texts: Sequence[str], batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -130,16 +149,21 @@ def decoded_grounding_similarity(texts: Sequence[str], batch: Batch) -> tuple[to
     frame_counts = poses.isfinite().flatten(2).all(-1).sum(-1).tolist()
     frame = torch.zeros(len(target), dtype=torch.int64)
     boxes = torch.zeros(len(target), 9, dtype=torch.float64)
-    parsed = torch.zeros(len(target), dtype=torch.bool)
-    for index, (text, task, kind, count) in enumerate(zip(texts, batch.tasks, batch.kinds, frame_counts, strict=True)):
-        if kind != "grounding":
+    parsed, in_world = torch.zeros(2, len(target), dtype=torch.bool)
+    for index, (text, count) in enumerate(zip(texts, frame_counts, strict=True)):
+        if batch.kinds[index] != "grounding":
             continue
         try:
-            answer = TASKS.find(task).parse(text, count)
+            answer = TASKS.find(batch.tasks[index]).parse(text, count, batch.box_formats[index])
         except AnswerError:
             continue
-        frame[index], boxes[index], parsed[index] = answer.frame, torch.from_numpy(answer.box), True
-    return _world_iou(frame, boxes, parsed, poses, target)
+        parsed[index] = True
+        if isinstance(answer, WorldGrounding):
+            in_world[index], boxes[index, :6] = True, torch.from_numpy(answer.box)
+        else:
+            frame[index], boxes[index] = answer.frame, torch.from_numpy(answer.box)
+    pose, exists = box_poses(poses, frame, in_world)
+    return _world_iou(boxes, pose, parsed & exists, target)
 
 
 def predicted_texts(
@@ -196,24 +220,40 @@ def frame_poses(cam_to_world: torch.Tensor, frame: torch.Tensor) -> tuple[torch.
     return torch.where(exists[:, None, None], pose, identity), exists
 
 
+def box_poses(
+    cam_to_world: torch.Tensor, frame: torch.Tensor, in_world: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Transform from the coordinates of every sample's box to the world: the pose of its frame, or the identity.
+
+    Args:
+        cam_to_world: ``[batch, frames, 4, 4]``, NaN for frames that do not exist.
+        frame: ``[batch]`` int64 frame indices, in range or not; not used for a box in the world.
+        in_world: ``[batch]`` bool, the box is in world coordinates.
+
+    Returns:
+        ``[batch, 4, 4]`` transforms, and ``[batch]`` bool: the box is in the world, or its frame exists.
+    """
+    # Frame -1 exists in no sample: its pose is the identity.
+    pose, exists = frame_poses(cam_to_world, torch.where(in_world, -1, frame))
+    return pose, exists | in_world
+
+
 def center_size_rotation(boxes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """World boxes ``[n, 9]`` -> centre ``[n, 3]``, size ``[n, 3]``, rotation ``[n, 3, 3]``."""
     return boxes[:, :3], boxes[:, 3:6], euler_angles_to_matrix_torch(boxes[:, 6:])
 
 
 def _world_iou(
-    frame: torch.Tensor, boxes: torch.Tensor, has_box: torch.Tensor, cam_to_world: torch.Tensor, target: torch.Tensor
+    boxes: torch.Tensor, pose: torch.Tensor, has_box: torch.Tensor, target: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """IoU of camera boxes with world boxes; see `grounding_similarity` for the returned pair.
+    """IoU of answered boxes with world boxes; see `grounding_similarity` for the returned pair.
 
     Args:
-        frame: ``[batch]`` int64, frame in whose camera the box is.
-        boxes: ``[batch, 9]`` float64, in camera coordinates.
-        has_box: ``[batch]`` bool, False if the answer has no box.
-        cam_to_world: ``[batch, frames, 4, 4]``.
+        boxes: ``[batch, 9]`` float64.
+        pose: ``[batch, 4, 4]`` transform from the coordinates of each box to the world.
+        has_box: ``[batch]`` bool, False if the answer has no box, or one in a frame that does not exist.
         target: ``[batch, 9]``, in world coordinates.
     """
-    pose, exists = frame_poses(cam_to_world, frame)
-    valid = has_box & exists & (boxes[:, 3:6] > 0).all(-1)
+    valid = has_box & (boxes[:, 3:6] > 0).all(-1)
     iou = oriented_iou(*camera_to_world_torch(boxes, pose), *center_size_rotation(target))
     return torch.where(valid, iou, 0.0), valid

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from w2r2_ds.features.lookup import CacheLookup
-from w2r2_ds.types.sample import Kind
+from w2r2_ds.types.sample import BoxFormat, Kind
 from w2r2_ds.types.vision import VisionSpec
 
 T = TypeVar("T")
@@ -139,6 +139,7 @@ class Batch:
         cam_to_world: ``[batch, frames >= 1, 4, 4]`` float64 camera poses; NaN for missing frames.
         target_box: ``[batch, 9]`` float64 world boxes; NaN for a sample without a target.
         kinds: kind of every answer, see `Sample.kind`.
+        box_formats: box format of every answer, see `Sample.box_format`.
         answers: text of every answer.
         prompts: prompts without answers, to decode answers during training; None if the collator does not make them.
         anchors: rays of the visual tokens, for attention anchors; None if the collator does not make them.
@@ -160,6 +161,7 @@ class Batch:
     cam_to_world: torch.Tensor
     target_box: torch.Tensor
     kinds: tuple[Kind, ...]
+    box_formats: tuple[BoxFormat, ...]
     answers: tuple[str, ...]
     prompts: Prompts | None = None
     anchors: AnchorInputs | None = None
@@ -237,8 +239,9 @@ class AnswerPositions:
     """Labels of a batch and the positions whose hidden states predict them.
 
     The first five fields have one entry per *answer token*: the tokens of the answers, each with its end of turn,
-    samples in order. The last three fields index into these entries, and have one entry per sample and number; a
-    grounding answer has ``NUMBERS`` numbers (``data/answer_tokens.py``).
+    samples in order. `digit` and `sign` index into these entries. They and `place_value` have one entry per sample and
+    number; a grounding answer has the numbers of its box format, padded to ``MAX_NUMBERS`` (``data/answer_tokens.py``),
+    so that a batch may mix box formats.
 
     The token at position ``p`` of a sequence is predicted at ``p - 1``. Labels are shifted here, not in the loss, so
     that the LM head is applied to these positions only.
@@ -248,13 +251,15 @@ class AnswerPositions:
         sequence: ``[answer tokens]`` int64, index of the sequence.
         position: ``[answer tokens]`` int64, position in the sequence whose hidden state predicts the label.
         label: ``[answer tokens]`` int64, id of the token to be predicted.
-        where: ``[answer tokens]`` bool, *where* tokens: digits of frame index and box in a grounding answer; in a
-            caption or a short answer, all tokens but the end of turn.
-        digit: ``[batch, NUMBERS, width]`` int64, width >= 1: entry of every digit and decimal point of a number; -1 for
-            padding, and everywhere for a sample without digit tokens.
-        place_value: ``[batch, NUMBERS, width]`` float64, place value of the digit (10, 1, 0.1, ...); 0 for a decimal
-            point and for padding.
-        sign: ``[batch, NUMBERS]`` int64, entry of the token that carries the sign; 0 without digit tokens.
+        where: ``[answer tokens]`` bool, *where* tokens: digits of the numbers in a grounding answer; in a caption or a
+            short answer, all tokens but the end of turn.
+        digit: ``[batch, MAX_NUMBERS, width]`` int64, width >= 1: entry of every digit and decimal point of a number; -1
+            for padding, and everywhere for a sample without digit tokens.
+        place_value: ``[batch, MAX_NUMBERS, width]`` float64, place value of the digit (10, 1, 0.1, ...); 0 for a
+            decimal point and for padding.
+        sign: ``[batch, MAX_NUMBERS]`` int64, entry of the token that carries the sign; 0 for padding and without digit
+            tokens.
+        in_world: ``[batch]`` bool, the numbers are those of box format ``world``.
     """
 
     sample: torch.Tensor
@@ -265,6 +270,7 @@ class AnswerPositions:
     digit: torch.Tensor
     place_value: torch.Tensor
     sign: torch.Tensor
+    in_world: torch.Tensor
 
 
 @dataclass(frozen=True)

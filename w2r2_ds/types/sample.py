@@ -12,6 +12,13 @@ Kind = Literal["grounding", "caption", "answer"]
 """Kind of an answer: the numbers of a box, a sentence, or a short answer. It determines the *where* tokens, and how the
 similarity of a predicted answer to its label is measured."""
 
+BoxFormat = Literal["camera", "world"]
+"""Numbers of a grounding answer, in the order of its text.
+
+``camera``: frame index, then centre, size and ZXY angles of the box in that frame's camera (ten numbers).
+``world``: lowest and highest corner of the axis-aligned box in the world, x_min, y_min, z_min, x_max, y_max, z_max.
+"""
+
 
 @dataclass(frozen=True)
 class Target:
@@ -72,6 +79,7 @@ class Sample:
         answer: text of the label; empty if the target is in no frame (validation only).
         target: the object that the question refers to, or that a caption describes; None if there is none.
         kind: kind of the answer.
+        box_format: numbers of the answer, if `kind` is ``grounding``; not used for other kinds.
         what: span ``[begin, end)``, in characters of `question`, of the *what* tokens: the description of the target.
             Empty (``begin == end``) if there is none.
         references: texts that a generated caption or short answer is scored against.
@@ -87,6 +95,7 @@ class Sample:
     answer: str
     target: Target | None = None
     kind: Kind = "grounding"
+    box_format: BoxFormat = "camera"
     what: tuple[int, int] = (0, 0)
     references: tuple[Reference, ...] = ()
     objects: tuple[LabeledBox, ...] = ()

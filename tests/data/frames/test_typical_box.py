@@ -60,7 +60,8 @@ def test_a_target_behind_or_beside_the_cameras_has_no_depth(located: list[Any]) 
 def test_sets_without_a_target_in_view_are_an_error(located: list[Any], caption_sample: Any) -> None:
     beside = replace(located[0], target=replace(located[0].target, box=np.array([40.0, 1, 0, 1, 1, 1, 0, 0, 0])))
     write_intrinsic(caption_sample)
-    for chosen in ([], [caption_sample], [beside]):
+    no_poses = replace(located[0], cam_to_world=np.full_like(located[0].cam_to_world, np.nan))
+    for chosen in ([], [caption_sample], [beside], [no_poses]):
         with pytest.raises(ValueError, match=r"data\.train.*shortcut_decode"):
             typical_box(chosen)
 

@@ -7,8 +7,11 @@ import json
 import numpy as np
 import pytest
 
-from w2r2_ds.data.tasks.parsing import AnswerError, parse_grounding
+from w2r2_ds.boxes3d.transforms import camera_to_world
+from w2r2_ds.data.tasks.base import TASKS
+from w2r2_ds.data.tasks.parsing import AnswerError, Grounding, WorldGrounding, parse_grounding
 
+POSES = np.stack([np.eye(4), np.array([[0, -1, 0, 2], [1, 0, 0, -1], [0, 0, 1, 0.5], [0, 0, 0, 1.0]])])
 NUMBERS = [-0.63, -0.83, 2.43, 3.0, 0.59, 2.35, -2.32, 1.18, 3.05]
 PLAIN = json.dumps({"frame": 12, "bbox_3d": NUMBERS})
 
@@ -81,3 +84,23 @@ def test_rejected_answers(text: str, reason: str) -> None:
         parse_grounding(text, 24)
     assert reason in caught.value.reason
     assert caught.value.reason in str(caught.value)
+
+
+def test_the_world_box_of_an_answer() -> None:
+    answer = TASKS.find("scanrefer").parse(with_box([1, 2, 3, 0.5, 0.6, 0.7, 0.1, 0.2, 0.3]).replace("12", "1"), 2)
+    assert isinstance(answer, Grounding)
+    np.testing.assert_array_equal(answer.world_box(POSES), camera_to_world(answer.box, POSES[1]))
+    huge = Grounding(1, np.array([1e308] * 6 + [1.0] * 3))
+    assert not np.isfinite(huge.world_box(1e3 * POSES)).all()
+
+
+def test_a_world_answer_is_parsed_by_the_box_format_of_its_sample() -> None:
+    text, task = "-1.5,0.25,0.0,-0.5,0.75,2.0", TASKS.find("scanrefer")
+    answer = task.parse(text, 0, "world")
+    assert isinstance(answer, WorldGrounding)
+    np.testing.assert_array_equal(answer.box, [-1.0, 0.5, 1.0, 1.0, 0.5, 2.0])
+    np.testing.assert_array_equal(answer.world_box(np.zeros((0, 4, 4))), [-1.0, 0.5, 1.0, 1.0, 0.5, 2.0, 0, 0, 0])
+    with pytest.raises(AnswerError):
+        task.parse(text, 32, "camera")
+    with pytest.raises(AnswerError):
+        task.parse(PLAIN, 32, "world")

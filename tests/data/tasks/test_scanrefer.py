@@ -53,6 +53,7 @@ def test_by_depth_the_answer_has_the_clearest_frame(root: Path) -> None:
     assert [each.id for each in made[:2]] == [f"{SCENE}|0|office_chair|0", f"{SCENE}|4|table|1"]
     first = made[0]
     assert (first.task, first.scene_id, first.kind) == ("scanrefer", SCENE, "grounding")
+    assert first.box_format == "camera"
     assert [path.name for path in first.frames] == ["00000.jpg", "00001.jpg", "00002.jpg"]
     assert first.cam_to_world.shape == (3, 4, 4)
     # By hand: frame 1 is at (1, 3, 1.5), points along y and is level, so a0 + a2 = 0 and a1 = 90 degrees.
@@ -106,7 +107,7 @@ def test_validation_keeps_all_descriptions_with_one_roll(root: Path) -> None:
 def test_the_world_format_needs_neither_infos_nor_visibility(root: Path) -> None:
     write_annotations(root, [CHAIR, LAMP])
     chair, lamp = prepared_items(root, "scanrefer", format="video3dllm")
-    assert (chair.answer, chair.kind) == ("1.6,4.7,0.5,2.4,5.3,1.5", "answer")
+    assert (chair.answer, chair.kind, chair.box_format) == ("1.6,4.7,0.5,2.4,5.3,1.5", "grounding", "world")
     assert chair.question[slice(*chair.what)] == "The red chair."
     assert lamp.answer == "0.75,7.75,1.25,1.25,8.25,1.75"
 

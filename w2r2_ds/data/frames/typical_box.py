@@ -68,9 +68,9 @@ def typical_box(samples: Iterable[Sample]) -> TypicalBox:
             depths.append(float(np.median(depth)))
     if not depths:
         raise ValueError(
-            "data.train: no grounding sample has its target in a frame, but objective.shortcut_decode anchor and "
-            "attention anchors need the typical depth and size of targets; add a set such as scanrefer, or choose "
-            "teacher."
+            "data.train: no grounding sample has its target in a frame with a camera pose, but "
+            "objective.shortcut_decode anchor and attention anchors need the typical depth and size of targets; add a "
+            "set such as scanrefer in format vgllm (format video3dllm has no poses), or choose teacher."
         )
     every = np.concatenate([np.stack(found) for found in sizes.values()])
     by_class = {index: np.median(found, axis=0) for index, found in sorted(sizes.items())}

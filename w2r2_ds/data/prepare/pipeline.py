@@ -285,9 +285,9 @@ def prepare_scene(root: Path, options: TaskOptions, job: Job, skip_without_box: 
         prepared += [(number, SkippedItem(item_id, NO_BOX, location, detail)) for number, item_id, location in items]
     check_objects(scene, job)
     if not prepared or job.items:  # else all items were skipped, and the task would prepare an empty job
-        kind = task.kind(options)
+        fields: dict[str, Any] = {"kind": task.kind(options), "box_format": task.box_format(options)}
         prepared += [
-            (number, replace(item, kind=kind) if isinstance(item, Sample) else item)
+            (number, replace(item, **fields) if isinstance(item, Sample) else item)
             for number, item in task.make_samples(scene, job, options)
         ]
     return PreparedScene(prepared, scene.frames_without_pose, skipped_inputs)

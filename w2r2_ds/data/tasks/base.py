@@ -19,7 +19,7 @@ from w2r2_ds.data.frames.selection import FrameOptions, FrameSampling
 from w2r2_ds.data.sources.embodiedscan import ScanInfo
 from w2r2_ds.data.sources.frames import SceneParts
 from w2r2_ds.data.sources.scannet import Scene
-from w2r2_ds.types.sample import Kind, Sample
+from w2r2_ds.types.sample import BoxFormat, Kind, Sample
 from w2r2_ds.utils.findings import Finding
 from w2r2_ds.utils.registry import Registry
 
@@ -205,15 +205,21 @@ class Task(ABC):
         """Kind of the answers. It determines the *where* tokens and the similarity s (IoU of boxes, else of words)."""
         return "answer"
 
-    def parse(self, text: str, frame_count: int) -> Any:
+    def box_format(self, options: TaskOptions) -> BoxFormat:
+        """Numbers of the answers, in the order of their text, if the kind is ``grounding``."""
+        return "camera"
+
+    def parse(self, text: str, frame_count: int, box_format: BoxFormat = "camera") -> Any:
         """Parse a generated answer.
 
         Args:
             text: without special tokens.
             frame_count: number of frames of the sample.
+            box_format: box format of the sample; not used if the kind is not ``grounding``.
 
         Returns:
-            A `Grounding` if the kind is ``grounding``, else what the task's scoring protocols take.
+            If the kind is ``grounding``, a `Grounding` for box format ``camera`` and a `WorldGrounding` for ``world``;
+            else what the task's scoring protocols take.
 
         Raises:
             AnswerError: the text is not an answer of this task.

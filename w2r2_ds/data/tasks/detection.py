@@ -36,7 +36,7 @@ from w2r2_ds.data.tasks.base import (
 )
 from w2r2_ds.data.tasks.common import EMBODIEDSCAN, broken_instances, frame_fields, infos_files, rounded_box
 from w2r2_ds.data.tasks.parsing import parse_objects
-from w2r2_ds.types.sample import LabeledBox, Sample
+from w2r2_ds.types.sample import BoxFormat, LabeledBox, Sample
 
 QUESTION = (
     "\nDetect the 3D bounding boxes in the camera coordinate system of the first frame.\n"
@@ -131,7 +131,7 @@ class Detection(Task):
             windows = [windows[i] for i in sorted(drawn.tolist())]
         return [(job.number, _sample(scene, job.info, window)) for window in windows]
 
-    def parse(self, text: str, frame_count: int) -> list[tuple[str, np.ndarray]]:
+    def parse(self, text: str, frame_count: int, box_format: BoxFormat = "camera") -> list[tuple[str, np.ndarray]]:
         return parse_objects(text)
 
     def unit(self, options: TaskOptions) -> str:

@@ -22,6 +22,8 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from w2r2_ds.boxes3d.transforms import camera_to_world
+
 _CODE_BLOCK = re.compile(r"```(?:json)?[ \t]*\n?(.*?)\s*```", re.DOTALL)
 _KEYS = {"frame", "bbox_3d"}
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", re.ASCII)
@@ -41,7 +43,7 @@ class AnswerError(ValueError):
 
 @dataclass(frozen=True)
 class Grounding:
-    """A grounding answer.
+    """A grounding answer in a frame's camera (box format ``camera``).
 
     Attributes:
         frame: index into the sample's frames.
@@ -50,6 +52,29 @@ class Grounding:
 
     frame: int
     box: np.ndarray
+
+    def world_box(self, cam_to_world: np.ndarray) -> np.ndarray:
+        """The box in the world, ``[9]`` float64; `cam_to_world` has the poses of the frames, ``[frames, 4, 4]``.
+
+        Numbers of a generated box may be so large that the result is not finite.
+        """
+        with np.errstate(over="ignore", invalid="ignore"):
+            return camera_to_world(self.box, cam_to_world[self.frame])
+
+
+@dataclass(frozen=True)
+class WorldGrounding:
+    """A grounding answer in the axis-aligned world (box format ``world``).
+
+    Attributes:
+        box: ``[6]`` float64 centre and size, metres.
+    """
+
+    box: np.ndarray
+
+    def world_box(self, cam_to_world: np.ndarray) -> np.ndarray:
+        """The box as ``[9]`` float64, with angles of 0; the poses are not used."""
+        return np.concatenate([self.box, np.zeros(3)])
 
 
 def parse_grounding(text: str, frame_count: int) -> Grounding:
@@ -106,7 +131,10 @@ def parse_world_box(text: str) -> np.ndarray:
     low, high = corners[:3], corners[3:]
     if not (high > low).all():
         raise AnswerError("a highest coordinate is not above the lowest")
-    return np.concatenate([low / 2 + high / 2, high - low])  # halves first: the sum of large numbers may overflow
+    half = high / 2 - low / 2  # halves first: sums and differences of large numbers may overflow
+    if not (half < np.finfo(np.float64).max / 2).all():
+        raise AnswerError("a side is not finite")
+    return np.concatenate([low / 2 + high / 2, high - low])
 
 
 def _json_object(text: str) -> dict[str, Any]:

@@ -8,8 +8,7 @@ Validation keeps every description; the answer is empty if no selected frame sho
 
 Format ``video3dllm``: the answer is the lowest and the highest corner of the world box (the "gen" template of
 LaVi-Lab/Video-3D-LLM ``process_scanrefer.py``). The public code trains the other template, an ``<ground>`` token, so
-the number format is this project's: two decimals, separated by commas. Its kind is ``answer``, because digit tokens are
-supported only for boxes in a camera.
+the number format is this project's: two decimals, separated by commas.
 
 The split ``test`` (ScanRefer's benchmark, on ScanNet's hidden scans) has neither boxes nor answers. Its samples have an
 empty label and no target. The world of these scans is the raw one, as in ScanRefer's code: they have no alignment.
@@ -51,8 +50,8 @@ from w2r2_ds.data.tasks.common import (
     target_of,
     world_box,
 )
-from w2r2_ds.data.tasks.parsing import Grounding, parse_grounding
-from w2r2_ds.types.sample import Kind, Sample
+from w2r2_ds.data.tasks.parsing import Grounding, WorldGrounding, parse_grounding, parse_world_box
+from w2r2_ds.types.sample import BoxFormat, Kind, Sample
 
 QUESTION = (
     "Localize the first clear frame in the video showing the object described in the text.\n"
@@ -211,9 +210,14 @@ class ScanRefer(DescriptionTask):
         ]
 
     def kind(self, options: TaskOptions) -> Kind:
-        return "grounding" if options.format == "vgllm" else "answer"
+        return "grounding"
 
-    def parse(self, text: str, frame_count: int) -> Grounding:
+    def box_format(self, options: TaskOptions) -> BoxFormat:
+        return "camera" if options.format == "vgllm" else "world"
+
+    def parse(self, text: str, frame_count: int, box_format: BoxFormat = "camera") -> Grounding | WorldGrounding:
+        if box_format == "world":
+            return WorldGrounding(parse_world_box(text))
         return parse_grounding(text, frame_count)
 
     def unit(self, options: TaskOptions) -> str:

@@ -27,9 +27,6 @@ from typing import Any
 
 from w2r2_ds.types.sample import Sample, Target
 
-WORLD_FORMAT = "x_min,y_min,z_min,x_max,y_max,z_max"
-"""Output format in the questions for a world box (Video-3D-LLM's "gen" template)."""
-
 
 def record_of(sample: Sample, text: str | None, tokens: Sequence[int] = ()) -> dict[str, Any]:
     """The record of one answer.
@@ -52,10 +49,10 @@ def record_of(sample: Sample, text: str | None, tokens: Sequence[int] = ()) -> d
     }
     if not sample.is_annotated:
         record["annotated"] = False
-    if WORLD_FORMAT in sample.question:
-        record["form"] = "world"
-    elif sample.kind == "grounding":
-        record |= {"form": "camera", "cam_to_world": sample.cam_to_world.tolist()}
+    if sample.kind == "grounding":
+        record["form"] = sample.box_format
+        if sample.box_format == "camera":
+            record["cam_to_world"] = sample.cam_to_world.tolist()
     return record
 
 

@@ -13,9 +13,9 @@ import numpy as np
 from annotated_types import Len
 from pydantic import FiniteFloat
 
-from w2r2_ds.boxes3d.transforms import camera_to_world, corners
+from w2r2_ds.boxes3d.transforms import corners
 from w2r2_ds.data.sources.validation import FrozenModel, Name
-from w2r2_ds.data.tasks.parsing import AnswerError, parse_grounding, parse_world_box
+from w2r2_ds.data.tasks.parsing import AnswerError, WorldGrounding, parse_grounding, parse_world_box
 
 AnswerRecord = Mapping[str, Any]
 """One generated answer and all data that its scoring needs, as JSON values."""
@@ -66,17 +66,15 @@ def answer_world_box(record: AnswerRecord) -> list[float] | None:
     """
     if record["form"] == "box":
         return list(record["box"]) if record.get("box") is not None else None
-    text = record["text"] or ""
+    text, poses = record["text"] or "", np.array(record.get("cam_to_world") or ())
     try:
-        if record["form"] == "world":
-            return list(map(float, parse_world_box(text)))
-        answer = parse_grounding(text, len(record["cam_to_world"]))
+        is_world = record["form"] == "world"
+        answer = WorldGrounding(parse_world_box(text)) if is_world else parse_grounding(text, len(poses))
     except AnswerError:
         return None
     # Generated numbers may be so large that the product overflows; such a box counts as no box (checked below).
     with np.errstate(over="ignore", invalid="ignore"):
-        box = camera_to_world(answer.box, np.array(record["cam_to_world"][answer.frame]))
-        enclosing = enclosing_box(box.tolist())
+        enclosing = enclosing_box(answer.world_box(poses).tolist())
     return enclosing if np.isfinite(enclosing).all() and min(enclosing[3:]) > 0 else None
 
 
