@@ -28,6 +28,7 @@ API = {
         "w2r2_ds.models.merger",
         "w2r2_ds.models.geometry_encoder",
         "w2r2_ds.models.point_map",
+        "w2r2_ds.models.point_transforms",
         "w2r2_ds.models.resampling",
     ),
     "Data": ("w2r2_ds.types.sample", "w2r2_ds.types.batch", "w2r2_ds.data.prepared_set", "w2r2_ds.data.tasks.base"),
