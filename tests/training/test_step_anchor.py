@@ -10,14 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from anchor_batches import anchored, attention_at
+from anchor_batches import anchored, attention_at, put_attention_on
 from host_sync import host_constants, host_reads
 from packed_batches import questions
 from w2r2_ds.config.schema import ObjectiveConfig, RunConfig
 from w2r2_ds.models.build import trainable
 from w2r2_ds.models.family import VlmFamily
 from w2r2_ds.models.qwen2_5_vl.family import Qwen25VL
-from w2r2_ds.models.w2r2 import embed_tokens, insert_visual_tokens
 from w2r2_ds.objective.anchor import anchor_similarity, find_anchors
 from w2r2_ds.objective.loss import STATS
 from w2r2_ds.objective.scorer import Score, Scorer
@@ -50,31 +49,6 @@ def column(stats: Tensor, name: str) -> Tensor:
     return stats[:, STATS.index(name)]
 
 
-@torch.no_grad()
-def put_attention_on(step: W2R2Step, batch: Any, tokens: list[int]) -> None:
-    """Weights with which the first layer's attention of every position is on the given visual tokens, if it can.
-
-    All queries are one constant. The key of a token is this constant times the token's component along a direction in
-    which only the given tokens are large. Both are in the two channels with the slowest rotation of M-RoPE, so that the
-    distance does not matter. In the other layers, queries are 0: attention is uniform over all tokens before.
-    """
-    layers: Any = step.model.family.language_model(step.model.base).layers
-    visual = step.fuse_shortcut(step.model.encode_2d(batch.visuals), [])
-    inputs = insert_visual_tokens(batch, embed_tokens(step.model.base, batch), visual)
-    normed = layers[0].input_layernorm(inputs.flatten(0, 1)).double()
-    chosen = torch.zeros(len(normed), dtype=torch.float64)
-    chosen[batch.visual_tokens[tokens]] = 1.0
-    direction = torch.linalg.lstsq(normed, chosen[:, None]).solution[:, 0].float()
-    for index, layer in enumerate(layers):
-        attention, slowest = layer.self_attn, layer.self_attn.head_dim // 2 - 1
-        for projection in (attention.q_proj.base_layer, attention.k_proj.base_layer):
-            projection.weight.zero_()
-            projection.bias.zero_()
-        if index == 0:
-            attention.q_proj.base_layer.bias[slowest :: attention.head_dim] = 1000.0
-            attention.k_proj.base_layer.weight[slowest :: attention.head_dim] = direction
-
-
 def in_front(batch: Any, tokens: list[int]) -> Tensor:
     """``[batch, 9]`` boxes that overlap with the anchored boxes by different amounts."""
     found = find_anchors(attention_at(batch, tokens), batch)
@@ -91,7 +65,7 @@ def test_s_is_that_of_the_box_at_the_attended_token(
     batch = anchored_batch(samples)
     step = anchor_step(pass_order, fresh=True)
     target = replace(batch, target_box=in_front(batch, TOKENS))
-    put_attention_on(step, batch, TOKENS)
+    put_attention_on(step.model, batch, TOKENS)
     expected, valid = anchor_similarity(attention_at(batch, TOKENS), target)
     assert valid.all() and (expected > 0.2).all() and len(set(expected.tolist())) == 3
     _, stats = step(target)

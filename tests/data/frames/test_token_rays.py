@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from anchor_batches import FOCAL, write_intrinsic
-from w2r2_ds.data.frames.token_rays import scene_folder, scene_intrinsic, token_pixels, token_rays
+from w2r2_ds.data.frames.token_rays import scene_folder, scene_intrinsic, token_points, token_rays
 from w2r2_ds.data.visual_inputs import VisualPreprocessor
 from w2r2_ds.types.geometry import GeometrySpec
 from w2r2_ds.types.sample import Sample
@@ -52,14 +52,14 @@ def test_a_tokens_pixel_is_where_its_content_is(
     other = np.zeros((height - height // 4, width, 3), dtype=np.uint8)
     sample = sample_of(tmp_path, [image, other])
     preprocess = preprocessor(frontend, data_config, frame_fit=fit)
-    frames, pixels = token_pixels(sample, preprocess)
+    frames, pixels = token_points(sample, preprocess)
     inputs = preprocess.compute(sample)
     assert inputs.tower_frames is not None and len(frames) == int(inputs.grid_thw.prod(-1).sum()) // 4
     resized, side = inputs.tower_frames[0].permute(1, 2, 0).double().numpy(), 28
     rows, columns = resized.shape[0] // side, resized.shape[1] // side
     tokens = resized[: rows * side, : columns * side].reshape(rows, side, columns, side, 3).swapaxes(1, 2)
     content = tokens.reshape(rows * columns, -1, 3)
-    own = pixels[frames == 0]
+    own = pixels[frames == 0, 0]
     inside = content[..., 2].max(1) < 3
     assert inside.sum() >= 5 and (frames == 1).sum() == len(own)
     error = np.abs(content.mean(1)[inside, :2] / scale - own[inside])
@@ -70,18 +70,29 @@ def test_rays_point_at_the_pixels(tmp_path: Path, frontend: Any, data_config: An
     sample = sample_of(tmp_path, [np.zeros((150, 200, 3), dtype=np.uint8)] * 3)
     write_intrinsic(sample, 200, 150)
     preprocess = preprocessor(frontend, data_config)
-    frames, pixels = token_pixels(sample, preprocess)
+    frames, pixels = token_points(sample, preprocess)
     of_rays, rays = token_rays(sample, preprocess)
     assert np.array_equal(frames, of_rays) and frames.tolist() == [0] * 20 + [1] * 20 + [2] * 20
-    np.testing.assert_allclose(rays[:, :2] * FOCAL + [99.5, 74.5], pixels)
+    np.testing.assert_allclose(rays[:, :2] * FOCAL + [99.5, 74.5], pixels[:, 0])
     assert (rays[:, 2] == 1).all()
     # The middle token of 5 columns points straight ahead.
     assert abs(rays[2, 0]) < 1e-12 and rays[0, 0] < 0 < rays[4, 0] and rays[0, 1] < 0
 
 
+def test_points_in_a_token(tmp_path: Path, frontend: Any, data_config: Any) -> None:
+    """Parts of a token of 28 pixels, which are 40 pixels of the file: their mean is the centre."""
+    sample = sample_of(tmp_path, [np.zeros((150, 200, 3), dtype=np.uint8)])
+    preprocess = preprocessor(frontend, data_config)
+    (_, centres), (_, points) = (token_points(sample, preprocess, count) for count in (1, 2))
+    assert points.shape == (20, 4, 2)
+    np.testing.assert_allclose(points.mean(1), centres[:, 0])
+    np.testing.assert_allclose(points[0, :, 0], [9.5, 29.5, 9.5, 29.5])
+    np.testing.assert_allclose(np.diff(points[:, [0, 2], 1]), 14 * 150 / 112)
+
+
 def test_a_token_of_a_video_has_the_first_of_its_two_frames(tmp_path: Path, frontend: Any, data_config: Any) -> None:
     sample = sample_of(tmp_path, [np.zeros((150, 200, 3), dtype=np.uint8)] * 5)
-    frames, _ = token_pixels(sample, preprocessor(frontend, data_config, visual="video"))
+    frames, _ = token_points(sample, preprocessor(frontend, data_config, visual="video"))
     assert frames.tolist() == [0] * 20 + [2] * 20 + [4] * 20
 
 

@@ -33,33 +33,40 @@ def scene_folder(frame: Path) -> Path:
     return frame.parent.parent if frame.parent.name in FOLDERS else frame.parent
 
 
-def token_pixels(sample: Sample, preprocessor: VisualPreprocessor) -> tuple[np.ndarray, np.ndarray]:
-    """Frame and pixel of every visual token of a sample, in the order of the vision tower.
+def token_points(sample: Sample, preprocessor: VisualPreprocessor, per_side: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    """Frame and pixels of every visual token of a sample, in the order of the vision tower.
 
     Args:
         sample: sample with frames.
         preprocessor: options of pre-processing.
+        per_side: the points of a token are the middles of `per_side` x `per_side` equal parts of it; 1 for its centre.
 
     Returns:
         ``[tokens]`` int64 index of the frame; of a video, the first of the two frames that a token covers. And
-        ``[tokens, 2]`` float64 pixel (x, y) of the token's centre in the frame's *file*, with the origin at the centre
-        of the upper left pixel. It lies outside of the file if the token is on white padding.
+        ``[tokens, per_side ** 2, 2]`` float64 pixels (x, y) in the frame's *file*, with the origin at the centre of the
+        upper left pixel. They lie outside of the file if the token is on white padding.
     """
     sizes = [frame_size(path) for path in sample.frames]
     stacked, (width, height) = preprocessor.sizes(sample.frames, sizes)
     side = preprocessor.vision.patch_size * preprocessor.vision.merge_size
-    # Token centres in the resized frames, row by row; x varies fastest.
-    y, x = np.meshgrid(np.arange(height // side), np.arange(width // side), indexing="ij")
-    centres = np.stack([x.ravel(), y.ravel()], axis=-1) * side + (side - 1) / 2
+    # Upper left corners of the tokens in the resized frames, row by row, x varies fastest; the same for their parts.
+    parts = _grid(per_side, per_side) + 0.5
+    points = (_grid(width // side, height // side)[:, None] + parts / per_side) * side
     step = preprocessor.vision.temporal_patch_size if preprocessor.config.visual == "video" else 1
     frames = np.arange(0, len(sample.frames), step)
     pixels = []
     for frame in frames:
         scaled = np.array(scaled_size(sizes[frame], *preprocessor.fit))
         offset = np.array(scaled_offset(sizes[frame], stacked, *preprocessor.fit))
-        # Scaling maps the borders of an image to the borders, which are half a pixel beside the outer pixels' centres.
-        pixels.append((centres - offset + 0.5) * np.array(sizes[frame]) / scaled - 0.5)
-    return np.repeat(frames, len(centres)), np.concatenate(pixels)
+        # Borders are scaled to borders, and the centre of a pixel is half a pixel beside its border.
+        pixels.append((points - offset) * np.array(sizes[frame]) / scaled - 0.5)
+    return np.repeat(frames, len(points)), np.concatenate(pixels)
+
+
+def _grid(columns: int, rows: int) -> np.ndarray:
+    """``[rows * columns, 2]`` float64 integer points (x, y); x varies fastest."""
+    y, x = np.meshgrid(np.arange(rows), np.arange(columns), indexing="ij")
+    return np.stack([x.ravel(), y.ravel()], axis=-1).astype(np.float64)
 
 
 def token_rays(sample: Sample, preprocessor: VisualPreprocessor) -> tuple[np.ndarray, np.ndarray]:
@@ -70,13 +77,13 @@ def token_rays(sample: Sample, preprocessor: VisualPreprocessor) -> tuple[np.nda
         preprocessor: options of pre-processing.
 
     Returns:
-        ``[tokens]`` int64 index of the frame, see `token_pixels`; and ``[tokens, 3]`` float64 point on the ray at depth
+        ``[tokens]`` int64 index of the frame, see `token_points`; and ``[tokens, 3]`` float64 point on the ray at depth
         1 in the frame's camera (OpenCV axes).
 
     Raises:
         ValueError: the scene has no intrinsics, or a frame cannot be read.
     """
-    frames, pixels = token_pixels(sample, preprocessor)
+    frames, pixels = token_points(sample, preprocessor)
     intrinsic = scene_intrinsic(scene_folder(sample.frames[0]))
-    points = np.concatenate([pixels, np.ones((len(pixels), 1))], axis=-1)
+    points = np.concatenate([pixels[:, 0], np.ones((len(pixels), 1))], axis=-1)
     return frames, points @ np.linalg.inv(intrinsic[:3, :3]).T
