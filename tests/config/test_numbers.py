@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from w2r2_ds.commands import COMMANDS, bench, convert, demo, evaluate, export, main, prepare
+from w2r2_ds.commands import COMMANDS, bench, convert, demo, diagnose, evaluate, export, main, prepare
 from w2r2_ds.commands.common import function_parser
 from w2r2_ds.config.io import DEMO_RECIPE, load_config, parse_run, run_parser
 from w2r2_ds.config.numbers import MAX_NUMBER, check_numbers
@@ -69,7 +69,8 @@ def parsers() -> dict[str, Any]:
     """Command with its sub-command -> parser, except those with the options of the configuration."""
     found = {f"prepare {name}": prepare._parser(name) for name in prepare.SUBCOMMANDS if name != "geometry"}
     found |= {f"bench {name}": function_parser(function, name) for name, function in bench.BENCHMARKS.items()}
-    return found | {"evaluate": function_parser(evaluate.run, "evaluate", ("protocols",))}
+    found |= {"evaluate": function_parser(evaluate.run, "evaluate", ("protocols",))}
+    return found | {"diagnose": function_parser(diagnose.run, "diagnose", ("protocols", "predictions"))}
 
 
 def numeric_options(parser: Any) -> list[str]:

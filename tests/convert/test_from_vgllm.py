@@ -16,6 +16,7 @@ from w2r2_ds.config.io import load_config
 from w2r2_ds.config.schema import GeometryConfig, ModelConfig
 from w2r2_ds.convert.from_vgllm import import_vgllm, split_state, vggt_config
 from w2r2_ds.demo.tiny_models import build_tiny_vlm
+from w2r2_ds.evaluation.loading import run_config, trained_model, trained_weights_sha256
 from w2r2_ds.models.build import build_model
 from w2r2_ds.models.merger import GeometryMerger
 from w2r2_ds.models.merger_io import MERGER
@@ -148,6 +149,27 @@ def test_the_written_options_build_the_model(
     assert torch.equal(model.geometry.encode(images), features)
     assert model.fingerprint["reference_frame"] == "last"
     assert torch.equal(model.merge([features]), geometry[1]([features]))
+
+
+def test_an_import_is_evaluated_like_a_checkpoint(
+    source: Path, plain: Path, geometry: tuple[VGGT, GeometryMerger], tmp_path: Path
+) -> None:
+    """Also after the folder was moved. New weights of another import give another hash."""
+    import_vgllm(source, tmp_path / "out")
+    moved = (tmp_path / "out").rename(tmp_path / "moved")
+    config = run_config(moved, "data")
+    assert (config.model.vlm, config.model.geometry.path) == (str(moved / "vlm"), str(moved / "vggt"))
+    assert config.data.root == "data"
+    config.model.dtype = "float32"
+    model = trained_model(moved, config)
+    assert same(model.geometry_merger.state_dict(), geometry[1].state_dict())
+    base, stock = model.base.state_dict(), load_vlm(plain, torch.float32).state_dict()
+    merged = {name.replace(".base_layer", ""): tensor for name, tensor in base.items() if ".lora_" not in name}
+    assert same(merged, stock)
+    assert all(not tensor.any() for name, tensor in base.items() if ".lora_B." in name), "LoRA changes nothing"
+    first = trained_weights_sha256(moved)
+    save_file({name: tensor + 1 for name, tensor in geometry[1].state_dict().items()}, moved / MERGER)
+    assert trained_weights_sha256(moved) != first
 
 
 def test_single_file_checkpoints_keep_their_dtypes(

@@ -26,6 +26,7 @@ from w2r2_ds.data.frames.selection import FrameOptions
 from w2r2_ds.data.loader import prompt_loader
 from w2r2_ds.data.prepare.pipeline import prepare
 from w2r2_ds.data.tasks.base import TaskOptions
+from w2r2_ds.evaluation.conditions import find_condition
 from w2r2_ds.evaluation.datasets import all_samples, find_sets
 from w2r2_ds.evaluation.runner import Answerer, evaluate
 from w2r2_ds.evaluation.scoring import NOT_SCORED
@@ -54,7 +55,9 @@ def prompts(loaded: Any) -> list[Any]:
 
 def answers(loaded: Any, samples: Sequence[Any], geometry: str, batch_size: int) -> list[tuple[str, list[int], str]]:
     config, model, frontend = loaded
-    records = Answerer(model, frontend, config.data, geometry, samples, batch_size, TOKENS).records(samples)
+    records = Answerer(model, frontend, config.data, find_condition(geometry), samples, batch_size, TOKENS).records(
+        samples
+    )
     return [(record["id"], record["tokens"], record["text"]) for record in records]
 
 
@@ -135,7 +138,7 @@ def test_a_limit_takes_the_first_samples(loaded: Any, trained: Path, tmp_path: P
     samples = load_mixture(config.data, "val")
     lines = [json.loads(line) for line in (tmp_path / "predictions-scanrefer-zero.jsonl").read_text().splitlines()]
     assert (scores["samples"], scores["of"]) == (2, len(samples))
-    answerer = Answerer(model, frontend, config.data, "zero", samples, 2, 4)
+    answerer = Answerer(model, frontend, config.data, find_condition("zero"), samples, 2, 4)
     assert lines == list(answerer.records(samples[:2]))
 
 
@@ -150,7 +153,7 @@ def test_shuffled_geometry_comes_from_another_room(loaded: Any, trained: Path, t
     whole = load_mixture(loaded[0].data, "train")
     assert (scores["samples"], scores["of"]) == (2, len(whole))
     lines = [json.loads(line) for line in (tmp_path / "predictions-scanrefer-shuffle.jsonl").read_text().splitlines()]
-    answerer = Answerer(model, frontend, loaded[0].data, "shuffle", whole, 2, 4)
+    answerer = Answerer(model, frontend, loaded[0].data, find_condition("shuffle"), whole, 2, 4)
     assert lines == list(answerer.records(whole[:2]))
 
 

@@ -21,6 +21,7 @@ from w2r2_ds.config.io import DEMO_RECIPE, load_config
 from w2r2_ds.config.schema import RunConfig, TrainConfig
 from w2r2_ds.data.dataset import load_mixture
 from w2r2_ds.evaluation import validator
+from w2r2_ds.evaluation.conditions import find_condition
 from w2r2_ds.evaluation.predictions.record import record_of
 from w2r2_ds.evaluation.runner import Answerer
 from w2r2_ds.evaluation.validator import AnswerValidation, computed, score
@@ -105,7 +106,7 @@ class TestRuns:
         config, model, frontend = load_trained_model(best)
         validation = single_rank(config, frontend)
         samples, batch_size = validation.samples, config.train.micro_batch
-        answerer = Answerer(model, frontend, config.data, "fused", samples, batch_size, TOKENS)
+        answerer = Answerer(model, frontend, config.data, find_condition("fused"), samples, batch_size, TOKENS)
         records = list(answerer.records(samples))
         assert len(records) == PICKED
         expected = computed(score(records))

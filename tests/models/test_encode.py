@@ -15,6 +15,7 @@ import torch
 from w2r2_ds.config.schema import DataConfig, ModelConfig
 from w2r2_ds.data import visual_inputs
 from w2r2_ds.data.loader import make_collate, make_processor, prompt_loader
+from w2r2_ds.evaluation.conditions import find_condition
 from w2r2_ds.evaluation.runner import Answerer
 from w2r2_ds.evaluation.shuffle import ShuffledGeometry
 from w2r2_ds.features.lookup import flush_writes
@@ -292,7 +293,7 @@ def test_evaluation_uses_the_cache_except_with_shuffled_geometry(
         config = data_config(cache=folder, cached_features="geometry+2d")
         with_cache = replace(frontend, cache=open_cache(config, model_config))
         given.clear()
-        records = list(Answerer(model, with_cache, config, geometry, rooms, 2, 3).records(rooms))
+        records = list(Answerer(model, with_cache, config, find_condition(geometry), rooms, 2, 3).records(rooms))
         flush_writes()
         return records, [features for batch in given for features in batch]
 

@@ -16,6 +16,7 @@ COMMANDS = {
     "train": "train a video LLM with W2R2 (also: deepspeed launchers/train.py ...)",
     "prepare": "prepare data sets, boxes and encoder features",
     "evaluate": "answer a validation set with a trained model and score the answers",
+    "diagnose": "measure how far answers rely on geometry, images and chance",
     "ablate": "train and evaluate a grid of options with several seeds, and compare",
     "export": "write a checkpoint as a PEFT adapter",
     "convert": "convert checkpoints of other projects",

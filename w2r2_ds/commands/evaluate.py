@@ -46,7 +46,7 @@ def run(
     checkpoint: Path | None = None,
     task: str | None = None,
     data: Path | None = None,
-    geometry: Literal["fused", "zero", "shuffle"] = "fused",
+    geometry: Literal["fused", "zero", "shuffle", "no_image"] = "fused",
     protocols: Sequence[str] = (),
     proposals: Path | None = None,
     out: Path | None = None,
@@ -67,7 +67,8 @@ def run(
         task: task whose validation sets are evaluated (scanrefer, scan2cap, scanqa, detection or another registered
             task); optional if all sets of the run are of one task.
         data: prepared folder instead of the run's own sets; may be relative to the root.
-        geometry: fused; zero for 2D only; or shuffle for the geometry of another scene.
+        geometry: fused; zero for 2D only; shuffle for the geometry of another scene; or no_image for gray frames
+            without geometry.
         protocols: names of scoring protocols (docs/reference/metrics/), or all; the task's default if empty.
         proposals: file of detected boxes, for the protocol vgllm_refined.
         out: folder for predictions and scores; default: CHECKPOINT/evaluation.

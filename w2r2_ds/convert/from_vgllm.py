@@ -60,6 +60,8 @@ VGLLM_KEYS = {
     "add_ground_classifier": False,
 }
 """Keys that VG-LLM adds to Qwen2.5-VL's config.json, with their defaults."""
+MODEL_OPTIONS = "model.yaml"
+"""File of the model options in the new folder, for --config."""
 COPIED = ("*token*.json", "vocab.json", "merges.txt", "chat_template.*", "*processor_config.json", "generation_*.json")
 """Tokenizer and processor files of a standard Qwen2.5-VL directory."""
 
@@ -96,8 +98,8 @@ def import_vgllm(source: Path, out: Path) -> ModelConfig:
             shutil.copyfile(file, folder / "vlm" / file.name)
         save_vggt(vggt, folder / "vggt")
         save_file({name: tensor.contiguous() for name, tensor in merger.state_dict().items()}, folder / MERGER)
-        (folder / "model.yaml").write_text(yaml.safe_dump({"model": options}, sort_keys=False))
-    return model_from_tree(options, str(out / "model.yaml"))
+        (folder / MODEL_OPTIONS).write_text(yaml.safe_dump({"model": options}, sort_keys=False))
+    return model_from_tree(options, str(out / MODEL_OPTIONS))
 
 
 def _options(out: Path, vggt: VGGT, own: Mapping[str, Any]) -> dict[str, Any]:

@@ -22,7 +22,8 @@ from typing import Any, TextIO, overload
 from w2r2_ds.evaluation.protocols.records import AnswerRecord, raise_with_first
 from w2r2_ds.types.sample import Sample
 from w2r2_ds.utils.files import atomic_io
-from w2r2_ds.utils.files.json_io import read_json, read_jsonl
+from w2r2_ds.utils.files.hashing import file_sha256
+from w2r2_ds.utils.files.json_io import read_json, read_json_object, read_jsonl
 from w2r2_ds.utils.files.output_folder import make_folder
 from w2r2_ds.utils.sanitize import CONTROL
 
@@ -153,3 +154,25 @@ def write_records(file: Path, records: Sequence[AnswerRecord]) -> None:
     """Write a predictions file atomically."""
     with atomic_io.replacing(file) as temporary, open(temporary, "w", encoding="utf-8") as opened:
         opened.writelines(record_line(record) for record in records)
+
+
+def is_finished(score_file: Path, predictions: Path, run: Mapping[str, Any], samples: int) -> bool:
+    """Whether the files of a finished evaluation can replace a new one.
+
+    Args:
+        score_file: ``scores-TASK-GEOMETRY.json``, which has the run and the SHA-256 of its predictions.
+        predictions: ``predictions-TASK-GEOMETRY.jsonl``; a killed evaluation may have replaced only this file.
+        run: all options and hashes that the answers depend on, as JSON values.
+        samples: number of wanted samples, the first ones of the data.
+    """
+    if not (score_file.is_file() and predictions.is_file()):
+        return False
+    scores = read_json_object(score_file)
+    same_run = scores.get("run") == json.loads(json.dumps(run)) and scores["samples"] >= samples
+    return same_run and scores["sha256"] == file_sha256(predictions)
+
+
+def read_records(predictions: Path, samples: int) -> list[AnswerRecord]:
+    """The first records of a finished evaluation."""
+    records: list[AnswerRecord] = [record for _, record in read_jsonl(predictions)]
+    return records[:samples]

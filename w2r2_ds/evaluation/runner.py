@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,14 +19,21 @@ from w2r2_ds.data.loader import make_processor, prompt_loader
 from w2r2_ds.data.mixture import Mixture
 from w2r2_ds.data.prepare.notes import preparation_notes
 from w2r2_ds.data.prepared_set import PreparedSet
-from w2r2_ds.data.processor import Features
 from w2r2_ds.data.validate import check_depth, check_frames, check_sample_texts
 from w2r2_ds.evaluation import generate
+from w2r2_ds.evaluation.conditions import Condition, SampleProcessor, find_condition
 from w2r2_ds.evaluation.datasets import all_samples, describe_sets, find_sets
 from w2r2_ds.evaluation.loading import run_config, trained_model, trained_weights_sha256, with_cache
 from w2r2_ds.evaluation.predictions.record import record_of
 from w2r2_ds.evaluation.protocols.records import AnswerRecord
-from w2r2_ds.evaluation.resumable import PartialAnswers, Selection, record_line, unanswered, write_records
+from w2r2_ds.evaluation.resumable import (
+    PartialAnswers,
+    Selection,
+    is_finished,
+    record_line,
+    unanswered,
+    write_records,
+)
 from w2r2_ds.evaluation.scoring import (
     are_annotated,
     check_scorable,
@@ -35,27 +42,30 @@ from w2r2_ds.evaluation.scoring import (
     read_boxes,
     score_records,
 )
-from w2r2_ds.evaluation.shuffle import PAIRING_SEED, ShuffledGeometry, pair_scenes
+from w2r2_ds.evaluation.shuffle import pair_scenes
 from w2r2_ds.kernels.select import describe_attention, resolve_dtype
-from w2r2_ds.models.build import VlmFrontend, load_frontend
+from w2r2_ds.models.build import VlmFrontend, fingerprint, load_frontend
 from w2r2_ds.models.w2r2 import W2R2
 from w2r2_ds.types.sample import Sample
 from w2r2_ds.utils.distributed import RankInfo, barrier, raise_on_all_ranks
+from w2r2_ds.utils.files import atomic_io
 from w2r2_ds.utils.files.file_lock import locked
+from w2r2_ds.utils.files.hashing import file_sha256
+from w2r2_ds.utils.files.json_io import read_json_object
 from w2r2_ds.utils.files.output_folder import check_writable
 from w2r2_ds.utils.parallel import set_num_threads
 from w2r2_ds.utils.progress import progress
 
 logger = logging.getLogger(__name__)
 
-GEOMETRY_CHOICES = ("fused", "zero", "shuffle")
-"""``fused``: Phi(F2D, F3D); ``zero``: Phi(F2D, 0), 2D only; ``shuffle``: ``fused`` with another scene's geometry."""
+LoadModel = Callable[[Path, RunConfig], W2R2]
+"""`trained_model`, or a function that keeps the model for several evaluations."""
 
 
 def evaluate(
     path: Path,
     out: Path,
-    geometry: str = "fused",
+    geometry: str | Condition = "fused",
     batch_size: int = 8,
     max_new_tokens: int = 128,
     limit: int = 0,
@@ -68,13 +78,15 @@ def evaluate(
     vlm: str | None = None,
     geometry_path: str | None = None,
     ranks: RankInfo | None = None,
+    reuse: bool = False,
+    load: LoadModel | None = None,
 ) -> dict[str, Any]:
     """Generate greedy answers to a validation set and score them.
 
     Args:
         path: folder of a run, a checkpoint or an exported adapter.
         out: folder for ``predictions-TASK-GEOMETRY.jsonl`` and ``scores-TASK-GEOMETRY.json``.
-        geometry: one of ``GEOMETRY_CHOICES``.
+        geometry: name of one of ``CONDITIONS``, or a condition.
         batch_size: prompts per forward.
         max_new_tokens: maximum number of tokens of an answer.
         limit: number of samples, the first ones; 0 for all.
@@ -86,6 +98,8 @@ def evaluate(
         vlm: directory or hub id of the VLM on this machine; None for the one of training.
         geometry_path: directory or hub id of the geometry encoder on this machine; None for the one of training.
         ranks: rank and number of the processes, in a process group; None for a single process.
+        reuse: keep the files of a finished evaluation with equal inputs and weights, of as many samples or more.
+        load: loads the model; None for `trained_model`.
 
     Returns:
         Content of the score file (docs/reference/metrics/index.md); empty on ranks other than 0.
@@ -93,7 +107,8 @@ def evaluate(
     Raises:
         ValueError: an option, the data or the checkpoint cannot be used; before the first answer if possible.
     """
-    check_generation_options(geometry, limit, batch_size, max_new_tokens)
+    check_generation_options(limit, batch_size, max_new_tokens)
+    condition = find_condition(geometry) if isinstance(geometry, str) else geometry
     check_writable(out)
     ranks = ranks or RankInfo()
     config = run_config(path, root, vlm, geometry_path)
@@ -107,54 +122,58 @@ def evaluate(
     is_scored = are_annotated(unanswered_records)
     protocol_names = choose_protocols(protocols, unanswered_records, boxes is not None) if is_scored else []
     check_scorable(unanswered_records, protocol_names, boxes)
-    if geometry == "shuffle":  # raises ValueError for a single scene; the pairs themselves are made by Answerer
+    if condition.name == "shuffle":  # raises ValueError for a single scene; the pairs themselves are made by Answerer
         pair_scenes([sample.scene_id for sample in whole if sample.frames])
+    name = f"{sets[0].task}-{condition.name}"
+    described = describe_sets(sets)
+    run = _run_identity(path, config, described, condition, max_new_tokens)
+    predictions, score_file = out / f"predictions-{name}.jsonl", out / f"scores-{name}.json"
+    if reuse and is_finished(score_file, predictions, run, len(samples)):
+        logger.info("reusing %s", predictions)
+        return {} if ranks.rank else read_json_object(score_file)
     check_frames(samples, ranks.rank, ranks.world_size)
     check_depth(samples, config.model.geometry, ranks.rank, ranks.world_size)
-    name = f"{sets[0].task}-{geometry}"
     with evaluation_lock(out, name, ranks):
         frontend = with_cache(load_frontend(config.model), config)
         check_sample_texts(
             samples, make_processor(frontend, config.data), ranks.rank, ranks.world_size, with_answer=False
         )
-        model = trained_model(path, config)
+        model = (load or trained_model)(path, config)
         set_num_threads(ranks, model.base.config.get_text_config().hidden_size)
-        described = describe_sets(sets)
-        run = _run_identity(path, config, model, described, geometry, max_new_tokens)
         partial = PartialAnswers(out / f"parts-{name}", run)
-        answerer = Answerer(model, frontend, config.data, geometry, whole, batch_size, max_new_tokens)
+        answerer = Answerer(model, frontend, config.data, condition, whole, batch_size, max_new_tokens)
         answer_remaining(answerer, samples, partial, ranks)
         barrier()  # rank 0 merges after all ranks have written their answers
         if ranks.rank:
             return {}
         records = partial.merge([sample.id for sample in samples])
-        write_records(out / f"predictions-{name}.jsonl", records)
+        write_records(predictions, records)
         scores = {
             "task": sets[0].task,
-            "geometry": geometry,
+            "geometry": condition.name,
             "checkpoint": str(path),
             "data": described,
             "samples": len(records),
             "of": len(whole),
             "max_new_tokens": max_new_tokens,
+            "sha256": file_sha256(predictions),
+            "run": run,
             "notes": preparation_notes(whole, config.data.root),
             "protocols": score_records(records, protocol_names, boxes) if is_scored else {},
         }
-        log_limits(scores, is_scored, out / f"predictions-{name}.jsonl")
-        (out / f"scores-{name}.json").write_text(json.dumps(scores, indent=2) + "\n")
+        log_limits(scores, is_scored, predictions)
+        atomic_io.replace(score_file, json.dumps(scores, indent=2) + "\n")
         # The saved answers are deleted last: if scoring fails, the same command finds all of them and only scores.
         partial.remove()
     return scores
 
 
-def check_generation_options(geometry: str, limit: int, batch_size: int, max_new_tokens: int) -> None:
-    """Raise ValueError for an unknown geometry, a negative limit, or another number below 1."""
+def check_generation_options(limit: int, batch_size: int, max_new_tokens: int) -> None:
+    """Raise ValueError for a negative limit, or another number below 1."""
     minima = {"limit": (limit, 0), "batch_size": (batch_size, 1), "max_new_tokens": (max_new_tokens, 1)}
     for option, (value, minimum) in minima.items():
         if value < minimum:
             raise ValueError(f"--{option} is {value}; it must be at least {minimum}.")
-    if geometry not in GEOMETRY_CHOICES:
-        raise ValueError(f"--geometry is {geometry!r}; it is one of {', '.join(GEOMETRY_CHOICES)}.")
 
 
 def _select_samples(sets: list[PreparedSet], limit: int) -> tuple[Mixture, Selection]:
@@ -170,7 +189,11 @@ def _select_samples(sets: list[PreparedSet], limit: int) -> tuple[Mixture, Selec
 
 
 def _run_identity(
-    path: Path, config: RunConfig, model: W2R2, described: list[dict[str, Any]], geometry: str, max_new_tokens: int
+    path: Path,
+    config: RunConfig,
+    described: Sequence[Mapping[str, Any]],
+    condition: Condition,
+    max_new_tokens: int,
 ) -> dict[str, Any]:
     """Hashes and options that an answer depends on; saved answers of a run with other values are not reused.
 
@@ -179,13 +202,13 @@ def _run_identity(
     """
     return {
         "weights": trained_weights_sha256(path),
-        "model": model.fingerprint,
+        "model": fingerprint(config.model),
         "dtype": str(resolve_dtype(config.model.dtype)),
         "data": [prepared["manifest"] for prepared in described],
-        "geometry": geometry,
+        "geometry": condition.name,
         "max_new_tokens": max_new_tokens,
         **{field: getattr(config.data, field) for field in ("frame_width", "frame_fit", "visual", "video_fps")},
-        **({"shuffle_seed": PAIRING_SEED} if geometry == "shuffle" else {}),
+        **condition.options,
     }
 
 
@@ -197,7 +220,7 @@ class Answerer:
         model: trained model in evaluation mode.
         frontend: tokenizer and vision specification of its VLM.
         data: data configuration of the run.
-        geometry: one of ``GEOMETRY_CHOICES``.
+        condition: inputs of the model.
         whole: all samples of the data, whose scenes ``shuffle`` pairs.
         batch_size: prompts per forward.
         max_new_tokens: maximum number of tokens of an answer.
@@ -206,7 +229,7 @@ class Answerer:
     model: W2R2
     frontend: VlmFrontend
     data: DataConfig
-    geometry: str
+    condition: Condition
     whole: Sequence[Sample]
     batch_size: int
     max_new_tokens: int
@@ -217,18 +240,22 @@ class Answerer:
         Raises:
             ValueError: a sample cannot be read, or ``shuffle`` has fewer than two scenes.
         """
-        processor: Callable[[Sample, bool], Features] = make_processor(self.frontend, self.data)
-        if self.geometry == "shuffle":
-            # Without the feature cache, which would store the other scene's features as those of this scene.
-            plain = make_processor(replace(self.frontend, cache=None), self.data)
-            processor = ShuffledGeometry(plain, self.frontend.geometry, self.whole)
+        processor: SampleProcessor = make_processor(self.frontend, self.data)
+        if self.condition.processor is not None:
+            # Without the feature cache, which would store the features of other inputs as those of this sample.
+            without_cache = make_processor(replace(self.frontend, cache=None), self.data)
+            processor = self.condition.processor(without_cache, self.frontend.geometry, self.whole)
         self.model.eval()
         device, tokenizer = self.model.base.device, self.frontend.tokenizer
-        geometry = "zero" if self.geometry == "zero" else "fused"  # shuffle: fused, with the images of another scene
         remaining = iter(samples)
         for batch in prompt_loader(samples, self.frontend, self.data, self.batch_size, processor):
             answers = generate.generate_tokens(
-                self.model, batch.to(device), tokenizer, geometry, self.max_new_tokens, self.data.video_fps
+                self.model,
+                batch.to(device),
+                tokenizer,
+                self.condition.geometry,
+                self.max_new_tokens,
+                self.data.video_fps,
             )
             for sample_id, tokens in zip(batch.ids, answers, strict=True):
                 sample = next(remaining)
@@ -260,7 +287,7 @@ def evaluation_lock(out: Path, name: str, ranks: RankInfo) -> Iterator[None]:
 def answer_remaining(answerer: Answerer, samples: Sequence[Sample], partial: PartialAnswers, ranks: RankInfo) -> None:
     """Answer this rank's samples that have no saved answer; saves each batch as soon as it is answered."""
     remaining = unanswered([sample.id for sample in samples], partial.read(), ranks.rank, ranks.world_size)
-    label = f"answers ({answerer.geometry})" + (f", rank 0 of {ranks.world_size}" if ranks.world_size > 1 else "")
+    label = f"answers ({answerer.condition.name})" + (f", rank 0 of {ranks.world_size}" if ranks.world_size > 1 else "")
     quiet = ranks.rank > 0 or not remaining
     with partial.writer(ranks.rank) as file, progress(label, len(remaining), quiet) as advance:
         for record in answerer.records(Selection(samples, remaining)):

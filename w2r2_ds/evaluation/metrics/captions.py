@@ -32,6 +32,8 @@ MetricValue = float | None
 CAPTION_METRICS = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr")
 PAPER_METRICS = ("BLEU-4", "ROUGE-L", "CIDEr", "METEOR")
 """Caption metrics that papers print."""
+ITEM_MEANS = ("ROUGE-L", "CIDEr")
+"""Caption metrics whose score of a corpus is the mean of its items (CIDEr with document frequencies of the corpus)."""
 NEEDS_PACKAGE = "Scoring captions needs pycocoevalcap: pip install 'w2r2-ds[metrics]'."
 ITEM_MEAN = "METEOR_mean_of_items"
 """Mean of the METEOR scores of the items; it differs from METEOR of the corpus."""

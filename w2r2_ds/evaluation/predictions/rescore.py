@@ -79,10 +79,7 @@ def score_file(
     if out is not None:
         check_writable(out)
     boxes = read_boxes(proposals)
-    if data is None:
-        records, counts, sets = _own_records(file, format_name, task, protocols, boxes is not None)
-    else:
-        records, counts, sets = _joined_records(file, format_name, task, data, root)
+    records, counts, sets = load_records(file, format_name, data, root, task, protocols, boxes is not None)
     data_root = root or DataConfig().root
     is_scored = not records or are_annotated(records)  # without records, scoring raises the error
     scores = {
@@ -103,6 +100,25 @@ def score_file(
         name = file.stem.removeprefix("predictions-")
         (out / f"scores-{name}.json").write_text(json.dumps(scores, indent=2) + "\n")
     return scores
+
+
+def load_records(
+    file: Path,
+    format_name: str = "ours",
+    data: Path | None = None,
+    root: Path | None = None,
+    task: str | None = None,
+    protocols: Sequence[str] = (),
+    has_proposals: bool = False,
+) -> _Records:
+    """The records of a predictions file, joined with a prepared folder if one is given; arguments as `score_file`.
+
+    Raises:
+        ValueError: as `score_file`.
+    """
+    if data is None:
+        return _own_records(file, format_name, task, protocols, has_proposals)
+    return _joined_records(file, format_name, task, data, root)
 
 
 def _joined_records(file: Path, format_name: str, task: str | None, data: Path, root: Path | None) -> _Records:

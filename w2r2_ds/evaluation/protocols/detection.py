@@ -32,7 +32,7 @@ from w2r2_ds.evaluation.protocols.records import (
     RecordFields,
     check_keys,
 )
-from w2r2_ds.evaluation.protocols.registry import Protocol, ProtocolResult, register_protocol
+from w2r2_ds.evaluation.protocols.registry import ItemTerms, Protocol, ProtocolResult, register_protocol
 
 
 def score_f1(records: Sequence[AnswerRecord]) -> ProtocolResult:
@@ -75,6 +75,20 @@ def score_f1(records: Sequence[AnswerRecord]) -> ProtocolResult:
         "at": at,
         "items": items,
     }
+
+
+def f1_terms(result: ProtocolResult) -> list[ItemTerms]:
+    """``Protocol.item_terms``: F1 = sum(2 hits) / sum(predictions + objects)."""
+    return [
+        ItemTerms(
+            (),
+            {
+                f"F1@{k}": (2.0 * sum(iou >= k for iou in item["ious"]), float(item["predictions"] + item["objects"]))
+                for k in THRESHOLDS
+            },
+        )
+        for item in result["items"].values()
+    ]
 
 
 def match(predicted: Sequence[np.ndarray], annotated: Sequence[np.ndarray]) -> list[float]:
@@ -155,5 +169,6 @@ register_protocol(
         best_by="F1@0.25",
         record_model=DetectionRecord,
         default=True,
+        item_terms=f1_terms,
     )
 )

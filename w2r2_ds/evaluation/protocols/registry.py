@@ -21,6 +21,19 @@ KeyPath = tuple[str, ...]
 """Nested keys of a number in a `ProtocolResult`."""
 
 
+@dataclass(frozen=True)
+class ItemTerms:
+    """What one record contributes to metrics that are a ratio of two sums over records.
+
+    Attributes:
+        groups: the protocol's groups that the record is in, besides the whole set.
+        sums: metric -> (numerator, denominator); the score of a set is sum(numerators) / sum(denominators).
+    """
+
+    groups: tuple[str, ...]
+    sums: Mapping[str, tuple[float, float]]
+
+
 def records_only(records: Sequence[AnswerRecord], proposals: Proposals | None) -> tuple[Any, ...]:
     """Arguments of a score function that takes the records themselves."""
     return (records,)
@@ -43,6 +56,8 @@ class Protocol:
             one with the fewest `coordinates`.
         coordinates: coordinates of boxes that the protocol can score; ignored for tasks that do not answer with a box.
         needs_proposals: whether detected boxes must be given with ``--proposals``.
+        item_terms: result of `score` -> terms of every record, in the order of the records. A metric that is not a
+            ratio of sums, such as BLEU of a corpus, has none; then confidence intervals of it are not computed.
         extra_metrics: metrics that validation during training logs in addition to `metrics`: name -> path in the
             result.
     """
@@ -58,6 +73,7 @@ class Protocol:
     default: bool = False
     coordinates: tuple[str, ...] = get_args(Coordinates)
     needs_proposals: bool = False
+    item_terms: Callable[[ProtocolResult], list[ItemTerms]] | None = None
     extra_metrics: Mapping[str, KeyPath] = field(default_factory=dict)
 
     @property

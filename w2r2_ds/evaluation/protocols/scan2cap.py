@@ -19,6 +19,7 @@ from w2r2_ds.boxes3d.aabb import aabb_iou
 from w2r2_ds.data.sources.validation import FrozenModel
 from w2r2_ds.evaluation.metrics.captions import (
     CAPTION_METRICS,
+    ITEM_MEANS,
     PAPER_METRICS,
     CaptionScores,
     MetricValue,
@@ -36,7 +37,7 @@ from w2r2_ds.evaluation.protocols.records import (
     enclosing_box,
     raise_with_first,
 )
-from w2r2_ds.evaluation.protocols.registry import Protocol, ProtocolResult, register_protocol
+from w2r2_ds.evaluation.protocols.registry import ItemTerms, Protocol, ProtocolResult, register_protocol
 from w2r2_ds.evaluation.protocols.scan2cap_rules import (
     SCAN2CAP_RULES,
     Caption,
@@ -90,6 +91,25 @@ def score_scan2cap(
             scores = _score(objects, captions, rules, passed[k], java)
             at[str(k)] = {"passed": len(passed[k]), **vars(scores)}
     return {"protocol": protocol, "objects": len(objects), "missing": len(ious.keys() - captions.keys()), "at": at}
+
+
+def caption_terms(result: ProtocolResult, average: str = "corpus") -> list[ItemTerms]:
+    """``Protocol.item_terms``: the metrics that are means of items; for ``scan2cap_benchmark`` those are all.
+
+    Args:
+        result: result of `score_scan2cap`.
+        average: ``Scan2CapRules.average`` of the protocol.
+    """
+    sums: dict[str, dict[str, tuple[float, float]]] = {}
+    for k, at in result["at"].items():
+        items = at["items"] if average == "corpus" else at["items_before_mask"]
+        for key, item in items.items():
+            counted = 1 if average == "corpus" else at["mask"][key]
+            own = sums.setdefault(key, {})
+            for name in ITEM_MEANS if average == "corpus" else PAPER_METRICS:
+                if item[name] is not None:
+                    own[f"{name}@{k}"] = item[name] * counted, 1.0
+    return [ItemTerms((), own) for own in sums.values()]
 
 
 def _score(
@@ -230,5 +250,6 @@ for _name, _rules in SCAN2CAP_RULES.items():
             inputs=partial(_inputs, protocol=_name),
             record_model=Scan2CapRecord,
             default=_name == "vgllm",
+            item_terms=partial(caption_terms, average=_rules.average),
         )
     )

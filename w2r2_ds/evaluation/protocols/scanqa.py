@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from w2r2_ds.evaluation.metrics.captions import PAPER_METRICS, MetricValue, Tokenizer, score_captions
+from w2r2_ds.evaluation.metrics.captions import ITEM_MEANS, PAPER_METRICS, MetricValue, Tokenizer, score_captions
 from w2r2_ds.evaluation.protocols.records import (
     AnswerRecord,
     Proposals,
@@ -24,7 +24,7 @@ from w2r2_ds.evaluation.protocols.records import (
     check_keys,
     raise_with_first,
 )
-from w2r2_ds.evaluation.protocols.registry import Protocol, ProtocolResult, register_protocol
+from w2r2_ds.evaluation.protocols.registry import ItemTerms, Protocol, ProtocolResult, register_protocol
 
 if TYPE_CHECKING:
     from w2r2_ds.evaluation.metrics.meteor import Java
@@ -246,6 +246,15 @@ def score_scanqa(
     }
 
 
+def answer_terms(result: ProtocolResult) -> list[ItemTerms]:
+    """``Protocol.item_terms``: EM, EM-refined and the caption metrics that are means of items."""
+    names = (EM, EM_REFINED, *ITEM_MEANS)
+    return [
+        ItemTerms((), {name: (item[name], 1.0) for name in names if item.get(name) is not None})
+        for item in result["items"].values()
+    ]
+
+
 def _exact_matches(
     references: Mapping[str, Sequence[str]],
     ranked: Mapping[str, Sequence[str]],
@@ -308,5 +317,6 @@ for _name, _rules in SCANQA_RULES.items():
             inputs=_inputs,
             record_model=ScanQaRecord,
             default=_name == "video3dllm",
+            item_terms=answer_terms,
         )
     )

@@ -32,7 +32,7 @@ from w2r2_ds.evaluation.protocols.records import (
     check_keys,
     enclosing_box,
 )
-from w2r2_ds.evaluation.protocols.registry import KeyPath, Protocol, ProtocolResult, register_protocol
+from w2r2_ds.evaluation.protocols.registry import ItemTerms, KeyPath, Protocol, ProtocolResult, register_protocol
 
 GROUPS = (UNIQUE, MULTIPLE)
 Box = Sequence[float]
@@ -147,6 +147,23 @@ def accuracy_paths(*path: str) -> dict[str, KeyPath]:
     return {f"acc@{k}": (*path, f"acc@{k}") for k in THRESHOLDS}
 
 
+def accuracy_terms(result: ProtocolResult, decimals: int | None = None) -> list[ItemTerms]:
+    """``Protocol.item_terms`` of accuracies: groups and hits of every description.
+
+    Args:
+        result: result with ``items``, which have ``iou``, and maybe ``group`` and ``class``.
+        decimals: decimals to which IoU is rounded before it is compared; None for no rounding.
+    """
+    terms = []
+    for item in result["items"].values():
+        iou = item["iou"] if decimals is None else round(item["iou"], decimals)
+        groups = [item["group"]] if "group" in item else []
+        if "class" in item:
+            groups.append("in_others" if item["class"] == OTHERS else "not_in_others")
+        terms.append(ItemTerms(tuple(groups), {f"acc@{k}": (float(iou >= k), 1.0) for k in THRESHOLDS}))
+    return terms
+
+
 def _box_ious(descriptions: Sequence[ScoredDescription], boxes: Mapping[str, Box | None]) -> dict[str, float]:
     """Key -> IoU of the predicted and the enclosing annotated box; 0 without a prediction."""
     check_keys("descriptions", [description.key for description in descriptions], boxes)
@@ -207,7 +224,9 @@ def _world_inputs(records: Sequence[AnswerRecord], _: Proposals | None) -> tuple
 
 
 # Every form of answer can be moved to the world, so these protocols have all coordinates (the default).
-_world_protocol = partial(Protocol, inputs=_world_inputs, record_model=ScanReferRecord, best_by="acc@0.25")
+_world_protocol = partial(
+    Protocol, inputs=_world_inputs, record_model=ScanReferRecord, best_by="acc@0.25", item_terms=accuracy_terms
+)
 
 register_protocol(
     _world_protocol(

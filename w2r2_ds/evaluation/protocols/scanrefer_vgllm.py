@@ -42,6 +42,7 @@ from w2r2_ds.evaluation.protocols.scanrefer import (
     ScoredDescription,
     accuracies,
     accuracy_paths,
+    accuracy_terms,
     description_of,
 )
 from w2r2_ds.evaluation.protocols.vgllm_answer import ANGLES, PARSERS, AnswerParser, BoxTransform
@@ -220,7 +221,12 @@ def _refined_inputs(records: Sequence[AnswerRecord], proposals: Proposals | None
 
 # These protocols parse a frame and a box in its camera, so they cannot score world boxes.
 _camera_protocol = partial(
-    Protocol, inputs=_inputs, record_model=ScanReferRecord, coordinates=("camera",), best_by="acc@0.25"
+    Protocol,
+    inputs=_inputs,
+    record_model=ScanReferRecord,
+    coordinates=("camera",),
+    best_by="acc@0.25",
+    item_terms=partial(accuracy_terms, decimals=IOU_DECIMALS),
 )
 
 register_protocol(

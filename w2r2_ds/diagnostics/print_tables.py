@@ -1,0 +1,63 @@
+"""Print the results of a diagnosis as tables on standard output."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from w2r2_ds.diagnostics.table1 import OVERALL
+from w2r2_ds.utils.sanitize import one_line
+
+WIDTH = 110
+"""Width of the tables in characters if standard output is no terminal."""
+
+
+def print_table1(result: Mapping[str, Any]) -> None:
+    """Print one table per protocol and group: scores times 100 of every row, and what the first row gains on others."""
+    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else WIDTH)
+    rows, cells, differences = (result["table1"][key] for key in ("rows", "cells", "differences"))
+    for protocol, group in dict.fromkeys((cell["protocol"], cell["group"]) for cell in cells):
+        own = {(cell["row"], cell["metric"]): cell for cell in cells if _is_of(cell, protocol, group)}
+        gains = {(each["minus"], each["metric"]): each for each in differences if _is_of(each, protocol, group)}
+        gains = {key: each for key, each in gains.items() if each["row"] == rows[0]["row"]}
+        metrics = list(dict.fromkeys(metric for _, metric in own))
+        counts = next(iter(own.values()))
+        console.print(Text(one_line(f"{protocol}, {group}: {counts['samples']} samples of {counts['scenes']} scenes")))
+        table = Table()
+        table.add_column("answers", overflow="fold")
+        for metric in metrics:
+            table.add_column(metric, justify="right")
+        if group == OVERALL:  # the share is not known by group
+            table.add_column("parsed", justify="right")
+        for row in rows:
+            values = [_score(own[row["row"], metric]) for metric in metrics]
+            # Text, not str: labels come from the command line and may contain rich's markup.
+            parsed = [f"{row['parsed'][protocol]:.1%}"] if group == OVERALL else []
+            table.add_row(Text(one_line(row["label"])), *map(Text, values), *parsed)
+        table.add_section()
+        for row in rows[1:]:
+            values = [_score(gains.get((row["row"], metric)), signed=True) for metric in metrics]
+            label = f"{rows[0]['label']} minus {row['label']}"
+            table.add_row(Text(one_line(label)), *map(Text, values))
+        console.print(table)
+    for name, reason in result["not_evaluated"].items():
+        console.print(Text(one_line(f"{name}: not evaluated, {reason}")))
+    console.print("Scores times 100, with 95 % intervals over scenes; of n/a, the results have the reason.")
+
+
+def _is_of(cell: Mapping[str, Any], protocol: str, group: str) -> bool:
+    return (cell["protocol"], cell["group"]) == (protocol, group)
+
+
+def _score(cell: Mapping[str, Any] | None, signed: bool = False) -> str:
+    """``12.3 [10.1, 14.6]``"""
+    if cell is None or cell["value"] is None:
+        return "n/a"
+    sign = "+" if signed else ""
+    interval = "n/a" if cell["low"] is None else f"{100 * cell['low']:{sign}.1f}, {100 * cell['high']:{sign}.1f}"
+    return f"{100 * cell['value']:{sign}.1f} [{interval}]"
