@@ -314,7 +314,9 @@ def test_data_and_models_can_be_relocated(
         found = json.loads(capsys.readouterr().out)
         (place,) = found["data"]
         assert place["path"].startswith(elsewhere["root"]) and place["manifest"] == scores["data"][0]["manifest"]
-        assert found == scores | {"checkpoint": str(other), "data": [place]}
+        run = found["run"] if index else scores["run"]  # the weights of an adapter are in other files
+        assert found == scores | {"checkpoint": str(other), "data": [place], "run": run}
+        assert {**run, "weights": ""} == {**scores["run"], "weights": ""}
         predictions = [folder / "predictions-scanrefer-fused.jsonl" for folder in (out, tmp_path / "home")]
         assert predictions[0].read_text() == predictions[1].read_text()
 
