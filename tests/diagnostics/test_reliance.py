@@ -16,7 +16,7 @@ from w2r2_ds.evaluation.runner import evaluate
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(1200)]
 
 TRAIN = Path("prepared/scanrefer/train")
-LIMIT, TOKENS = 6, 4
+LIMIT, TOKENS = 6, 40
 OPTIONS: dict[str, Any] = {"limit": LIMIT, "max_new_tokens": TOKENS, "draws": 3, "resamples": 100}
 NAME = "scanrefer/vgllm-direct"
 

@@ -8,7 +8,7 @@ all samples of each. Intervals are percentiles of the resampled scores (scipy.st
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,13 +23,13 @@ class Estimate:
     """A score, or a difference of two scores, with its interval.
 
     Attributes:
-        value: score of all samples.
+        value: score of all samples; None if it is not defined.
         low: lower end of the interval; None without one.
         high: upper end of the interval; None without one.
-        reason: why there is no interval; empty if there is one.
+        reason: why there is no value or no interval; empty if there is one.
     """
 
-    value: float
+    value: float | None
     low: float | None = None
     high: float | None = None
     reason: str = ""
@@ -71,21 +71,31 @@ class SceneBootstrap:
 
     def score(self, ratio: Ratio) -> Estimate:
         """A score with its interval."""
-        return self._estimate(ratio.value, ratio)
+        return self.function_of_sums(_score_difference, ratio.numerators, ratio.denominators)
 
     def difference(self, first: Ratio, second: Ratio) -> Estimate:
         """``first - second`` with the interval of the paired difference: both scores of the same drawn scenes."""
-        return self._estimate(first.value - second.value, first, second)
+        parts = first.numerators, first.denominators, second.numerators, second.denominators
+        return self.function_of_sums(_score_difference, *parts)
 
-    def _estimate(self, value: float, *ratios: Ratio) -> Estimate:
-        if self.scenes < MIN_SCENES:
-            return Estimate(value, reason=f"{self.scenes} scenes; an interval needs at least {MIN_SCENES}")
-        sums = [self._scene_sums(part) for ratio in ratios for part in (ratio.numerators, ratio.denominators)]
+    def function_of_sums(self, function: Callable[..., np.ndarray], *values: np.ndarray) -> Estimate:
+        """A function of sums over samples, with its interval.
+
+        Args:
+            function: (sums, each ``[..., scenes]``; axis) -> value; it sums over the scenes first.
+            values: ``[samples]`` float64 each.
+        """
+        sums = [self._scene_sums(part) for part in values]
         with np.errstate(divide="ignore", invalid="ignore"), warnings.catch_warnings():
             warnings.simplefilter("ignore", stats.DegenerateDataWarning)  # an undefined resample is handled below
+            value = float(function(*sums, axis=-1))
+            if not np.isfinite(value):
+                return Estimate(None, reason="not defined: nothing to divide by")
+            if self.scenes < MIN_SCENES:
+                return Estimate(value, reason=f"{self.scenes} scenes; an interval needs at least {MIN_SCENES}")
             found = stats.bootstrap(
                 sums,
-                _score_difference,
+                function,
                 n_resamples=self.resamples,
                 paired=True,  # the same scenes of all sums
                 vectorized=True,
@@ -94,7 +104,7 @@ class SceneBootstrap:
                 random_state=np.random.default_rng(self.seed),
             ).confidence_interval
         if not (np.isfinite(found.low) and np.isfinite(found.high)):
-            return Estimate(value, reason="some resamples have nothing to count")
+            return Estimate(value, reason="not defined in some resamples: nothing to divide by")
         return Estimate(value, float(found.low), float(found.high))
 
     def _scene_sums(self, values: np.ndarray) -> np.ndarray:
