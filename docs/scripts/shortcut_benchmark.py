@@ -154,7 +154,7 @@ def draw(roots: dict[str, Path], folder: Path = FIGURES) -> list[Path]:
     for figure, file in zip((views, plans), files, strict=True):
         figure.savefig(file, dpi=100)
         with Image.open(file) as image:
-            small = image.convert("RGB").quantize(128, dither=Image.Dither.NONE)
+            small = image.convert("RGB").quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
         small.save(file, optimize=True)
     return files
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +13,10 @@ from shift_fixtures import SHIFTED
 from w2r2_ds.demo.synthetic.furniture import KINDS, PALETTE
 from w2r2_ds.demo.synthetic.options import Options, ShiftOptions, scene_id
 from w2r2_ds.demo.synthetic.position_prior import PositionPrior
-from w2r2_ds.demo.synthetic.rooms import HEIGHT, Layout, Room, make_room
+from w2r2_ds.demo.synthetic.questions import make_questions
+from w2r2_ds.demo.synthetic.relations import resolve
+from w2r2_ds.demo.synthetic.rooms import HEIGHT, Layout, Room, RoomObject, make_room
+from w2r2_ds.demo.synthetic.sentences import make_sentences
 from w2r2_ds.demo.synthetic.shift.variants import shifted
 
 
@@ -42,6 +46,28 @@ def test_scaled_furniture_fits_and_stands_where_it_stood(many_rooms: list[Room])
         untouched = np.unique(room.faces[room.face_objects < 0])
         np.testing.assert_array_equal(variant.room.vertices[untouched], room.vertices[untouched])
     assert 0.2 < grown / total < 0.6
+
+
+def test_sentences_and_questions_hold_in_the_scaled_room_too(many_rooms: list[Room]) -> None:
+    """Some would not: without the condition, sizes and places after scaling contradict them."""
+
+    def questions(objects: Sequence[RoomObject], others: Sequence[Sequence[RoomObject]] = ()) -> set[tuple[Any, ...]]:
+        made = make_questions(np.random.default_rng(0), objects, range(len(objects)), 300, others)
+        return {(question.kind, question.answers, question.object_ids) for question in made}
+
+    wrong_sentences, wrong_questions = 0, 0
+    for seed, room in enumerate(many_rooms[:4]):
+        scaled = shifted("furniture_scale", room, SHIFTED, np.random.default_rng(seed)).room.objects
+        for others in ((scaled,), ()):
+            found = make_sentences(np.random.default_rng(0), room.objects, range(len(scaled)), 30, others)
+            assert found
+            holds = [resolve(scaled, s.name, s.color, s.relation, s.anchors) == s.object_id for s in found]
+            assert all(holds) or not others
+            wrong_sentences += not all(holds)
+            extra = questions(room.objects, others) - questions(scaled)
+            assert not (extra and others)
+            wrong_questions += bool(extra)
+    assert wrong_sentences and wrong_questions
 
 
 def old_sides(box: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
