@@ -30,6 +30,12 @@ def test_answers_along_the_line_from_truth_to_cue(measure: str, near: float) -> 
     assert result.position == pytest.approx(1.3 / 2)  # the middle of the seven boxes
 
 
+def test_the_nearer_centre_at_any_distance() -> None:
+    result = shares([TRUTH, moved(0.9), moved(1.1), moved(-9.0), moved(9.0), None], moved(2.0), measure="nearest")
+    assert result.labels == ("truth", "truth", "cue", "truth", "cue", "neither")
+    assert shares([TRUTH], moved(0.4), measure="nearest").labels == ("unscored",)
+
+
 def test_an_answer_that_overlaps_both_follows_the_nearer() -> None:
     # Truth and cue have IoU 0.2 with each other, so they can be told apart at 0.25; answers between overlap both.
     cue = moved(2 / 3)
@@ -62,6 +68,8 @@ def test_boxes_of_six_and_nine_numbers_and_of_other_angles() -> None:
     result = cue_shares([long, turned, across], [long] * 3, [across] * 3)
     assert result.labels == ("truth", "truth", "cue")  # the centres are equal, so `centre` scores none of them
     assert cue_shares([long], [long], [across], "centre").labels == ("unscored",)
+    arrays = (np.stack([turned, across]), np.stack([long] * 2), np.stack([across] * 2))
+    assert cue_shares(*arrays).labels == ("truth", "cue")
 
 
 def test_predictions_that_are_not_finite_follow_neither() -> None:

@@ -16,12 +16,12 @@ import torch
 
 from w2r2_ds.boxes3d.iou import box_iou
 
-Measure = Literal["iou", "centre"]
+Measure = Literal["iou", "centre", "nearest"]
 Label = Literal["truth", "cue", "neither", "unscored"]
 Box = Sequence[float] | np.ndarray
 """World box: six numbers (axis-aligned: centre, size; metres) or nine (with ZXY angles; radians)."""
 
-THRESHOLDS: dict[Measure, float] = {"iou": 0.25, "centre": 0.5}
+THRESHOLDS: dict[Measure, float] = {"iou": 0.25, "centre": 0.5, "nearest": 0.5}
 """Default thresholds: IoU, and distance of centres in metres."""
 
 
@@ -50,9 +50,9 @@ class CueShares:
 
 
 def cue_shares(
-    predicted: Sequence[Box | None],
-    truth: Sequence[Box],
-    cue: Sequence[Box | None],
+    predicted: Sequence[Box | None] | np.ndarray,
+    truth: Sequence[Box] | np.ndarray,
+    cue: Sequence[Box | None] | np.ndarray,
     measure: Measure = "iou",
     threshold: float | None = None,
 ) -> CueShares:
@@ -60,13 +60,14 @@ def cue_shares(
 
     ``iou``: a box agrees if its IoU is at least `threshold`; of truth and cue, the one with the larger IoU counts.
     Items whose truth and cue have such an IoU with each other are not scored. ``centre``: the same with the distance of
-    the centres, which must be at most `threshold`; it needs no correct size.
+    the centres, which must be at most `threshold`; it needs no correct size. ``nearest``: the nearer centre at any
+    distance; only answers without a box follow neither. It suits models whose answers are rarely correct.
 
     Args:
-        predicted: world boxes of the answers; None for an answer without a box.
+        predicted: world boxes of the answers (a list or ``[n, 6 or 9]``); None for an answer without a box.
         truth: annotated world boxes.
         cue: world boxes of the cues; None for an item without a cue, which is not scored.
-        measure: ``iou`` or ``centre``.
+        measure: ``iou``, ``centre`` or ``nearest``.
         threshold: IoU, or distance in metres; default: `THRESHOLDS`.
 
     Raises:
@@ -76,41 +77,43 @@ def cue_shares(
     if not len(predicted) == len(truth) == len(cue):
         raise ValueError(f"There are {len(predicted)} predictions, {len(truth)} true boxes and {len(cue)} cues.")
     if measure not in THRESHOLDS:
-        raise ValueError(f"measure is {measure!r}; it must be iou or centre.")
-    if not predicted:
+        raise ValueError(f"measure is {measure!r}; it must be iou, centre or nearest.")
+    if not len(predicted):
         return CueShares((), 0, np.nan, np.nan, np.nan, np.nan)
     limit = THRESHOLDS[measure] if threshold is None else threshold
     p, t, c = _boxes(predicted, "predicted"), _boxes(truth, "truth"), _boxes(cue, "cue")
     if np.isnan(t).any():
         raise ValueError("Every item needs a finite true box.")
-    # Agreement in [-inf, inf], larger is closer; NaN boxes agree with nothing.
+    # Agreement, larger is closer; a NaN box agrees with nothing.
     agreement = _iou if measure == "iou" else _closeness
-    needed = limit if measure == "iou" else -limit
-    with_truth, with_cue, between = agreement(p, t), agreement(p, c), agreement(t, c)
-    has_cue = np.isfinite(c).all(axis=1)
-    labels: list[Label] = [
-        "unscored"
-        if not known or overlap >= needed
-        else "neither"
-        if max(one, other) < needed
-        else "truth"
-        if one >= other
-        else "cue"
-        for known, overlap, one, other in zip(has_cue, between, with_truth, with_cue, strict=True)
-    ]
+    apart = limit if measure == "iou" else -limit
+    needed = -np.inf if measure == "nearest" else apart
+    has_cue, has_box = np.isfinite(c).all(axis=1), np.isfinite(p).all(axis=1)
+    scorable = has_cue & (agreement(t, c) < apart)
+    labels = tuple(
+        _label(one, other, needed if answered else np.inf) if usable else "unscored"
+        for usable, answered, one, other in zip(scorable, has_box, agreement(p, t), agreement(p, c), strict=True)
+    )
     counts = Counter(labels)
     scored = len(labels) - counts["unscored"]
     truth_share, cue_share, neither = (
         counts[label] / scored if scored else np.nan for label in ("truth", "cue", "neither")
     )
-    usable = np.array([label != "unscored" for label in labels]) & np.isfinite(p).all(axis=1)
-    offset, line = (p - t)[usable, :3], (c - t)[usable, :3]
+    placed = scorable & has_box
+    offset, line = (p - t)[placed, :3], (c - t)[placed, :3]
     positions = (offset * line).sum(axis=1) / np.maximum((line**2).sum(axis=1), 1e-12)
     position = float(np.median(positions)) if len(positions) else np.nan
-    return CueShares(tuple(labels), scored, truth_share, cue_share, neither, position)
+    return CueShares(labels, scored, truth_share, cue_share, neither, position)
 
 
-def _boxes(boxes: Sequence[Box | None], name: str) -> np.ndarray:
+def _label(with_truth: float, with_cue: float, needed: float) -> Label:
+    """Class of an answer from its agreement with the truth and with the cue, and the agreement that is needed."""
+    if max(with_truth, with_cue) < needed:
+        return "neither"
+    return "truth" if with_truth >= with_cue else "cue"
+
+
+def _boxes(boxes: Sequence[Box | None] | np.ndarray, name: str) -> np.ndarray:
     """``[n, 9]`` float64; NaN for None and for a box that is not finite."""
     rows = np.full((len(boxes), 9), np.nan)
     for number, box in enumerate(boxes):
