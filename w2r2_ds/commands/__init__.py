@@ -18,6 +18,7 @@ COMMANDS = {
     "evaluate": "answer a validation set with a trained model and score the answers",
     "diagnose": "measure how far answers rely on geometry, images and chance",
     "ablate": "train and evaluate a grid of options with several seeds, and compare",
+    "report": "write an HTML page about a run, or about several side by side",
     "export": "write a checkpoint as a PEFT adapter",
     "convert": "convert checkpoints of other projects",
     "doctor": "check a machine, or all nodes of a launch, before training",

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,9 +15,9 @@ from ablation_runs import PROTOCOL, SCENES, differences, finish, make_plan
 from w2r2_ds.diagnostics.ablation.comparison import compare
 from w2r2_ds.diagnostics.ablation.output import print_results, write_plots, write_results
 from w2r2_ds.diagnostics.ablation.plan import Plan
-from w2r2_ds.diagnostics.ablation.results import item_score, read_results
+from w2r2_ds.diagnostics.ablation.results import read_results
 from w2r2_ds.diagnostics.ablation.statistics import holm, paired_bootstrap, paired_t
-from w2r2_ds.evaluation.protocols.records import IOU_DECIMALS
+from w2r2_ds.evaluation.protocols.registry import PROTOCOLS, ItemTerms, find_protocol
 
 METRIC = f"fused {PROTOCOL} acc@0.25"
 BASE, BETTER = "lambda_det=0", "lambda_det=1"
@@ -23,7 +25,6 @@ HITS = {
     BASE: [[True, False, False, False, True, False], [False, False, True, False, False, False]],
     BETTER: [[True, True, True, False, True, True], [True, True, True, True, False, True]],
 }
-BELOW = 0.25 - 0.1 ** (IOU_DECIMALS + 1)
 IN_SCENES = [SCENES[index // 2] for index in range(6)]
 
 
@@ -62,22 +63,37 @@ def test_metrics_are_selected_by_a_part_of_their_name(plan: Plan) -> None:
         read_results(plan, ("CIDEr",))
 
 
-def test_a_metric_that_is_no_mean_of_samples_has_no_scores_per_sample(plan: Plan) -> None:
-    """As if the score file had a corpus metric of this name."""
-    file = plan.runs[0].folder / "evaluation" / "fused" / "scores-scanrefer-fused.json"
-    scores = json.loads(file.read_text())
-    scores["protocols"][PROTOCOL]["overall"]["acc@0.25"] += 0.01
-    file.write_text(json.dumps(scores))
+def test_a_metric_that_is_no_mean_has_no_scores_per_sample(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a protocol without scores per sample: the seeds are compared."""
+    protocol = find_protocol(PROTOCOL)
+    monkeypatch.setitem(PROTOCOLS, PROTOCOL, replace(protocol, item_terms=None))
     assert read_results(plan)[BASE][0][METRIC].samples is None
     row = next(row for row in compare(read_results(plan), BASE) if (row.arm, row.metric) == (BETTER, METRIC))
     assert row.difference is not None and row.difference.method == "t"
 
 
-def test_item_scores() -> None:
-    assert item_score({"iou": 0.25}, "acc@0.25") == 1.0 and item_score({"iou": BELOW}, "acc@0.25") == 0.0
-    assert item_score({"iou": BELOW}, "acc@0.25", round_iou=True) == 1.0
-    assert item_score({"EM": 1.0}, "EM") == 1.0 and item_score({"EM": None}, "EM") is None
-    assert item_score({}, "BLEU-4") is None
+def test_a_ratio_is_no_mean(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As F1 of detections, whose denominator is the number of boxes."""
+    protocol = find_protocol(PROTOCOL)
+    terms = protocol.item_terms
+    assert terms is not None
+
+    def ratios(result: dict[str, Any]) -> list[ItemTerms]:
+        return [
+            replace(each, sums={name: (2 * n, 2 * d) for name, (n, d) in each.sums.items()}) for each in terms(result)
+        ]
+
+    monkeypatch.setitem(PROTOCOLS, PROTOCOL, replace(protocol, item_terms=ratios))
+    assert read_results(plan)[BASE][0][METRIC].samples is None
+
+
+def test_scores_of_other_answers_are_an_error(plan: Plan) -> None:
+    file = plan.runs[0].folder / "evaluation" / "fused" / "scores-scanrefer-fused.json"
+    scores = json.loads(file.read_text())
+    scores["protocols"][PROTOCOL]["overall"]["acc@0.25"] += 0.01
+    file.write_text(json.dumps(scores))
+    with pytest.raises(ValueError, match=str(file)):
+        read_results(plan)
 
 
 def test_arms_are_compared_with_the_baseline(plan: Plan) -> None:

@@ -29,6 +29,10 @@ _NEAR = 1e-6  # metres; points closer to the camera's plane have no projection
 # 6 x 6 x 6 points in the unit cube. The outer ones are 5 % of the side inside its faces, so that rounding to a pixel
 # does not move them off a surface that lies on a face.
 _GRID = np.stack(np.meshgrid(*[np.linspace(-0.45, 0.45, 6)] * 3, indexing="ij"), axis=-1).reshape(-1, 3)
+NEAR_EDGES = 0.05
+"""Depth at which the edges of a box are clipped, metres."""
+EDGES = [(i, i ^ bit) for i in range(8) for bit in (1, 2, 4) if not i & bit]
+"""Edges of a box: pairs of corners whose numbers differ in one bit, see `box_corners`."""
 _CORNERS = np.stack(np.meshgrid(*[[-0.5, 0.5]] * 3, indexing="ij"), axis=-1).reshape(-1, 3)
 
 
@@ -127,6 +131,33 @@ def clipped_corners(
         return np.empty((0, 2))
     pixels, depth = project(points, cam_to_world, intrinsic)
     return np.clip(pixels[depth > _NEAR], 0.0, np.array(image_size, dtype=np.float64) - 1.0)
+
+
+def projected_edges(box: np.ndarray, cam_to_world: np.ndarray, intrinsic: np.ndarray) -> np.ndarray:
+    """Edges of a box in an image, clipped at ``NEAR_EDGES`` but not at the image's borders.
+
+    Args:
+        box: ``[6]`` (axis-aligned) or ``[9]`` (see ``boxes3d/transforms.py``), in the world, metres.
+        cam_to_world: ``[4, 4]`` camera pose.
+        intrinsic: ``[4, 4]`` or ``[3, 3]`` pinhole matrix of the image, pixels.
+
+    Returns:
+        ``[edges, 2, 2]`` float64 (edge, end, x and y), pixels; edges behind the camera are skipped.
+    """
+    points = box_corners(box[:6])
+    if len(box) == 9:
+        points = (points - box[:3]) @ euler_angles_to_matrix(box[6:]).T + box[:3]
+    camera = (points - cam_to_world[:3, 3]) @ cam_to_world[:3, :3]
+    lines = []
+    for i, j in EDGES:
+        a, b = sorted((camera[i], camera[j]), key=lambda p: float(p[2]))  # the end nearer to the camera first
+        if b[2] <= NEAR_EDGES:
+            continue
+        if a[2] < NEAR_EDGES:  # move that end along the edge to the near plane
+            a = a + (b - a) * (NEAR_EDGES - a[2]) / (b[2] - a[2])
+        ends = np.stack([a, b]) @ intrinsic[:3, :3].T
+        lines.append(ends[:, :2] / ends[:, 2:])
+    return np.array(lines).reshape(-1, 2, 2)
 
 
 def hull_area(pixels: np.ndarray) -> float:

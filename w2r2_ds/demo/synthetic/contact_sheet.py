@@ -8,17 +8,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from w2r2_ds.data.frames.projection import MIN_VISIBLE_FRACTION, box_corners, projected_area, visible_fraction
+from w2r2_ds.data.frames.projection import MIN_VISIBLE_FRACTION, projected_area, projected_edges, visible_fraction
 from w2r2_ds.data.sources.frames import Frame
 from w2r2_ds.demo.synthetic.rooms import RoomObject
 from w2r2_ds.demo.synthetic.sentences import Sentence
 
 _COLUMNS, _TILE_WIDTH, _LINE = 6, 240, 16
 """Frames per row; width of a frame and height of a line of text, pixels."""
-_EDGES = [(i, i ^ bit) for i in range(8) for bit in (1, 2, 4) if not i & bit]
-"""Edges of a box: pairs of corners whose numbers differ in one bit, see `box_corners`."""
-_NEAR = 0.05
-"""Depth at which edges are clipped, metres."""
 _LINE_COLORS = ("#00e5ff", "#ffea00", "#ff4dff", "#76ff03", "#ff6e40", "#ffffff", "#7c9dff", "#ff1744")
 
 
@@ -76,24 +72,9 @@ def _draw_object(
     if not is_visible or projected_area(target.box, frame.cam_to_world, intrinsic, (width, height)) <= 0:
         return
     draw = ImageDraw.Draw(image)
-    lines = _wire_frame(target.box, frame.cam_to_world, intrinsic) * (image.width / width)
+    lines = projected_edges(target.box, frame.cam_to_world, intrinsic) * (image.width / width)
     for (x0, y0), (x1, y1) in lines:
         draw.line((x0, y0, x1, y1), fill=shade, width=2)
     x, y = np.clip(lines.reshape(-1, 2).min(axis=0), 2, (image.width - 70, image.height - 14))
     label = f"#{target.object_id} {target.name}"
     draw.text((x, y), label, fill=shade, font=_font(11), stroke_width=1, stroke_fill="black")
-
-
-def _wire_frame(box: np.ndarray, cam_to_world: np.ndarray, intrinsic: np.ndarray) -> np.ndarray:
-    """Edges of a box in pixels, ``[n, 2, 2]`` (edge, end, x and y), clipped at the near plane."""
-    corners = (box_corners(box) - cam_to_world[:3, 3]) @ cam_to_world[:3, :3]
-    lines = []
-    for i, j in _EDGES:
-        a, b = sorted((corners[i], corners[j]), key=lambda p: float(p[2]))  # the end nearer to the camera first
-        if b[2] <= _NEAR:
-            continue
-        if a[2] < _NEAR:  # move that end along the edge to the near plane
-            a = a + (b - a) * (_NEAR - a[2]) / (b[2] - a[2])
-        ends = np.stack([a, b]) @ intrinsic[:3, :3].T
-        lines.append(ends[:, :2] / ends[:, 2:])
-    return np.array(lines).reshape(-1, 2, 2)

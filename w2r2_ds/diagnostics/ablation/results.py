@@ -6,12 +6,11 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from w2r2_ds.diagnostics.ablation.plan import Plan, Run, score_files
-from w2r2_ds.evaluation.protocols.records import IOU_DECIMALS
+from w2r2_ds.evaluation.protocols.registry import find_protocol
 from w2r2_ds.evaluation.scoring import headline, score_records
 from w2r2_ds.utils.files.json_io import read_json_object, read_jsonl
 
@@ -109,37 +108,31 @@ def sample_scores(file: Path, protocol: str, values: Mapping[str, float]) -> dic
         file: score file, ``scores-TASK-GEOMETRY.json``.
         protocol: full name of the protocol.
         values: metric -> value in the score file.
+
+    Raises:
+        ValueError: the predictions have another score than the score file.
     """
+    item_terms = find_protocol(protocol).item_terms
+    if item_terms is None:
+        return {}
     predictions = file.with_name(file.name.replace("scores-", "predictions-", 1)).with_suffix(".jsonl")
     records = [record for _, record in read_jsonl(predictions)]
     try:
-        items: Mapping[str, Mapping[str, Any]] = score_records(records, [protocol], items=True)[protocol].get(
-            "items", {}
-        )
+        terms = item_terms(score_records(records, [protocol], items=True)[protocol])
     except ValueError as error:  # such as a protocol that needs detected boxes, which the score file does not name
         logger.warning("%s: no scores per sample (%s)", predictions, error)
         return {}
     ids = tuple(record["id"] for record in records)
     scenes = tuple(record["scene_id"] for record in records)
-    if set(items) != set(ids):  # Scan2Cap's items are captions of objects
-        return {}
     result = {}
     for metric, value in values.items():
-        for round_iou in (False, True):  # protocols differ; the right one gives the metric
-            scores = [item_score(items[sample], metric, round_iou) for sample in ids]
-            if any(score is None for score in scores):
-                break
-            array = np.array(scores, dtype=np.float64)
-            if abs(array.mean() - value) <= EQUAL:
-                result[metric] = SampleScores(ids, scenes, array)
-                break
+        sums = [term.sums.get(metric, (0.0, 0.0)) for term in terms]
+        if any(denominator != 1.0 for _, denominator in sums):  # not a mean: BLEU, or F1 of detections
+            continue
+        array = np.array([numerator for numerator, _ in sums], dtype=np.float64)
+        if abs(array.mean() - value) > EQUAL:
+            raise ValueError(
+                f"{file} has {metric} {value}, but the answers in {predictions} have {array.mean()}; evaluate again."
+            )
+        result[metric] = SampleScores(ids, scenes, array)
     return result
-
-
-def item_score(item: Mapping[str, Any], metric: str, round_iou: bool = False) -> float | None:
-    """A metric of one sample: the value with its name, or for ``acc@k`` whether the IoU is at least k; else None."""
-    value = item.get(metric)
-    if value is None and metric.startswith("acc@") and "iou" in item:
-        iou = round(item["iou"], IOU_DECIMALS) if round_iou else item["iou"]
-        return float(iou >= float(metric.removeprefix("acc@")))
-    return float(value) if isinstance(value, int | float) else None

@@ -1,0 +1,63 @@
+"""Reading runs for a report."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from report_runs import SET
+from w2r2_ds.report.collect import group_evaluations, read_run, run_names
+
+
+def test_a_run(finished_run: Path, report_root: Path) -> None:
+    run = read_run(finished_run, "margin")
+    assert run.config.objective.push_term["name"] == "margin" and "push_term" in run.config_text
+    assert [step for step, _ in run.metrics] == list(range(1, 61))
+    (group,) = run.groups
+    assert (group.task, group.data) == ("scanrefer", (str(report_root / SET),))
+    assert sorted(group.by_geometry) == ["fused", "zero"]
+    records = group.by_geometry["fused"].records()
+    assert len(records) == group.by_geometry["fused"].samples > 0
+    assert all(record["task"] == "scanrefer" for record in records.values())
+
+
+def test_results_of_another_folder(finished_run: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished_run / "evaluation", tmp_path / "a" / "b")
+    (tmp_path / "diagnosis-scanrefer.json").write_text('{"table1": {"rows": [], "cells": []}}')
+    run = read_run(finished_run, "margin", [tmp_path])
+    (group,) = run.groups
+    assert group.by_geometry["zero"].file.parent == tmp_path / "a" / "b" and len(run.diagnoses) == 1
+
+
+def test_the_newer_of_two_evaluations_is_kept(finished_run: Path, tmp_path: Path) -> None:
+    source = finished_run / "evaluation" / "scores-scanrefer-fused.json"
+    files = [tmp_path / name / source.name for name in ("a", "b")]
+    for file, age in zip(files, (100, 200), strict=True):
+        file.parent.mkdir()
+        shutil.copy(source, file)
+        os.utime(file, (age, age))
+    for order in (files, files[::-1]):
+        (group,) = group_evaluations(order)
+        assert group.by_geometry["fused"].file == files[1]
+
+
+def test_errors_name_the_file(finished_run: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"config\.yaml"):
+        read_run(tmp_path, "x")
+    with pytest.raises(ValueError, match="nowhere"):
+        read_run(finished_run, "x", [tmp_path / "nowhere"])
+    file = tmp_path / "scores-x-fused.json"
+    file.write_text(json.dumps({"task": "scanrefer"}))
+    with pytest.raises(ValueError, match=str(file)):
+        read_run(finished_run, "x", [tmp_path])
+
+
+def test_names_of_runs_are_short_and_different() -> None:
+    assert run_names([Path("/r/a"), Path("/r/b")]) == ["a", "b"]
+    assert run_names([Path("/r/a/seed-0"), Path("/r/b/seed-0")]) == ["a/seed-0", "b/seed-0"]
+    with pytest.raises(ValueError, match="--run"):
+        run_names([Path("/r/a"), Path("/r/a")])
