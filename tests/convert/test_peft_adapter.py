@@ -18,7 +18,7 @@ from runs import STEPS, World, read_metrics
 from trained_models import load_trained_model
 from w2r2_ds.config.io import save_config
 from w2r2_ds.config.schema import RunConfig
-from w2r2_ds.convert.peft_adapter import _absolute, adapter_config, export_adapter, load_adapter
+from w2r2_ds.convert.peft_adapter import _absolute, adapter_config, export_adapter, load_adapter, readme
 from w2r2_ds.data.dataset import load_mixture
 from w2r2_ds.data.loader import prompt_loader
 from w2r2_ds.evaluation.runner import evaluate
@@ -207,6 +207,20 @@ def test_the_readme_has_metadata_and_code_that_compiles(adapter: Path, world: Wo
     assert all(f"`{name}`" in text for name in named), named
     assert "[More Information Needed]" not in text  # of peft's empty template
     compile("\n".join(line[4:] for line in text.split("transformers only")[1].splitlines()[1:]), "README.md", "exec")
+
+
+def test_the_readme_of_an_encoder_without_files() -> None:
+    content: dict[str, Any] = {
+        "base_model": "owner/vlm",
+        "geometry_model": "",
+        "model": {"geometry_encoder": "point_map", "geometry_layers": [0], "fusion": "add"},
+        "trained_with": {"w2r2_ds": "1.2.3"},
+        "step": 7,
+        "configuration": {"objective": {"push_term": {"name": "none"}, "lambda_det": 1.0, "mu": 0.5}},
+    }
+    text = readme(content)
+    assert yaml.safe_load(text.split("---\n")[1])["tags"] == ["w2r2", "point_map"]
+    assert "encoder `point_map`" in text and "layers" not in text and " of  " not in text
 
 
 def test_an_adapter_is_not_exported_again(adapter: Path, tmp_path: Path) -> None:

@@ -36,14 +36,14 @@ ADAPTER_CARD, LORA = "w2r2_card.json", "adapter_model.safetensors"
 README = """---
 base_model: {quoted}
 library_name: peft
-tags: [w2r2, vggt]
+tags: [w2r2, {encoder}]
 ---
 
 # A W2R2 adapter for {base}
 
 LoRA weights and a geometry merger, trained with W2R2-DS {version} to step {step}.
 Objective: push term `{objective[push_term][name]}`, lambda {objective[lambda_det]}, mu {objective[mu]}.
-Geometry features: layers {model[geometry_layers]} of {geometry} (frozen, not included), fusion `{model[fusion]}`.
+Geometry features: {geometry} (frozen, not included), fusion `{model[fusion]}`.
 The whole configuration is in `w2r2_card.json`.
 
 | file | content |
@@ -132,14 +132,17 @@ def card(config: RunConfig, model: W2R2, checkpoint: Path) -> dict[str, Any]:
 
 def readme(content: dict[str, Any]) -> str:
     """Content of README.md, from that of w2r2_card.json."""
+    model, path = content["model"], content["geometry_model"]
+    source = f"layers {model['geometry_layers']} of {path}" if path else "no weight files"
     return README.format(
         base=content["base_model"],
         quoted=json.dumps(content["base_model"]),  # a string literal of YAML and of Python
-        geometry=content["geometry_model"],
+        encoder=json.dumps(model["geometry_encoder"]),
+        geometry=f"encoder `{model['geometry_encoder']}`, {source}",
         version=content["trained_with"]["w2r2_ds"],
         step=content["step"],
         objective=content["configuration"]["objective"],
-        model=content["model"],
+        model=model,
     )
 
 

@@ -30,7 +30,7 @@ def open_cache(data: DataConfig, model: ModelConfig) -> FeatureCache | None:
     if geometry_spec(model.geometry).point_maps is not None:
         raise ValueError(
             f"data.cache is {data.cache}, but features of model.geometry.name {model.geometry.name} are not cached: "
-            "they depend on depth images and poses, which are not in the key, and cost less than reading a file; leave "
+            "they depend on depth images and poses, which are not in the key, and are cheap to compute; leave "
             "data.cache empty."
         )
     folder = Path(data.cache)
