@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from host_sync import host_constants, host_reads
 from w2r2_ds.config.schema import GeometryConfig, ModelConfig
 from w2r2_ds.models.build import fingerprint, geometry_spec, load_geometry
 from w2r2_ds.models.feature_cache import open_cache
@@ -45,6 +46,12 @@ def test_points_without_depth_are_zeros(encoder: PointMapEncoder) -> None:
     valid = channels[..., -1]
     assert valid.sum() == 16 - 5 and torch.equal(valid == 1, points.isfinite().all(-1))
     assert torch.equal(channels[0, 0, 1, [0, 1, 3], :3], points[0, 0, 1, [0, 1, 3]])
+
+
+def test_encoding_does_not_wait_for_the_device(encoder: PointMapEncoder) -> None:
+    points = torch.rand(1, 2, 2, 4, 3)
+    for found in (host_reads(lambda: encoder.encode(points)), host_constants(lambda: encoder.encode(points))):
+        assert not found
 
 
 def test_features_have_the_dtype_of_the_model(model_config: ModelConfig) -> None:
