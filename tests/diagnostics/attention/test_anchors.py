@@ -15,9 +15,9 @@ from PIL import Image
 
 from anchor_batches import TYPICAL, anchored, put_attention_on, write_intrinsic
 from w2r2_ds.data.visual_inputs import VisualPreprocessor
-from w2r2_ds.diagnostics.attention_anchors import PASSES, AnchorSummary, attention_anchors
-from w2r2_ds.diagnostics.heat_maps import GAP, WIDTH, save_heat_map
-from w2r2_ds.diagnostics.target_tokens import target_coverage
+from w2r2_ds.diagnostics.attention.anchors import PASSES, AnchorSummary, attention_anchors
+from w2r2_ds.diagnostics.attention.heat_maps import GAP, WIDTH, save_heat_map
+from w2r2_ds.diagnostics.attention.target_tokens import target_coverage
 from w2r2_ds.models.attention.visual_attention import VisualAttention
 from w2r2_ds.models.build import build_model
 from w2r2_ds.models.w2r2 import W2R2

@@ -19,7 +19,7 @@ from w2r2_ds.data.frames.token_rays import token_points
 from w2r2_ds.data.frames.typical_box import TypicalBox
 from w2r2_ds.data.loader import labeled_loader
 from w2r2_ds.data.visual_inputs import VisualPreprocessor
-from w2r2_ds.diagnostics.target_tokens import target_coverage
+from w2r2_ds.diagnostics.attention.target_tokens import target_coverage
 from w2r2_ds.models.attention.visual_attention import VisualAttention
 from w2r2_ds.models.build import VlmFrontend
 from w2r2_ds.models.family import require_row_attention

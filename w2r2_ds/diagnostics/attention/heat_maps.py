@@ -12,8 +12,8 @@ from w2r2_ds.data.frames.projection import clipped_corners
 from w2r2_ds.data.frames.token_rays import scene_folder, scene_intrinsic, token_points
 from w2r2_ds.data.images import load_frame
 from w2r2_ds.data.visual_inputs import VisualPreprocessor
-from w2r2_ds.diagnostics.attention_anchors import AnchorRecord
-from w2r2_ds.diagnostics.target_tokens import hull_outline
+from w2r2_ds.diagnostics.attention.anchors import AnchorRecord
+from w2r2_ds.diagnostics.attention.target_tokens import hull_outline
 from w2r2_ds.types.sample import Sample
 
 HEAT = np.array([255.0, 40.0, 0.0])

@@ -10,7 +10,7 @@ import pytest
 
 from anchor_batches import FOCAL, write_intrinsic
 from w2r2_ds.data.visual_inputs import VisualPreprocessor
-from w2r2_ds.diagnostics.target_tokens import hull_outline, in_hull, target_coverage
+from w2r2_ds.diagnostics.attention.target_tokens import hull_outline, in_hull, target_coverage
 from w2r2_ds.types.geometry import GeometrySpec
 from w2r2_ds.types.sample import Target
 

@@ -1,0 +1,52 @@
+"""Feature map and attention anchors of a trained run, as files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from w2r2_ds.diagnostics import visual_tokens
+from w2r2_ds.diagnostics.feature_map import FeatureMapOptions
+from w2r2_ds.diagnostics.visual_tokens import VisualOptions, diagnose_visual_tokens
+
+OPTIONS = VisualOptions(
+    features=FeatureMapOptions(samples=4, tokens=60, perplexity=8.0), samples=3, pictures=2, batch_size=2
+)
+
+
+def test_parts_of_a_run(trained: Path, tmp_path: Path) -> None:
+    results = diagnose_visual_tokens(trained, tmp_path, OPTIONS)
+    for part in visual_tokens.PARTS:
+        content = json.loads((tmp_path / f"{part}-scanrefer.json").read_text())
+        assert content == json.loads(json.dumps(results[part])) and content["checkpoint"] == str(trained)
+    passes = results["attention"]["passes"]
+    assert set(passes) == {"2d_only", "fused"} and passes["fused"]["summary"]["samples"] == 3
+    assert passes["fused"]["summary"]["target_area"] > 0 and results["attention"]["typical"]["samples"] > 0
+    pictures = results["attention"]["pictures"]
+    assert list(pictures) == [record["sample"] for record in passes["fused"]["records"][:2]]
+    assert sorted(path.name for path in (tmp_path / "attention-scanrefer").iterdir()) == ["000.png", "001.png"]
+    assert Image.open(tmp_path / pictures[passes["fused"]["records"][0]["sample"]]).size[0] > 240
+    layers = results["features"]["layers"]
+    assert len(layers) == len(passes["fused"]["records"][0]["target_mass"])
+    assert len(results["features"]["points"]["fused"]) == len(results["features"]["samples"]) <= 60
+
+
+def test_wrong_options_raise_before_the_model_is_loaded(trained: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="anchors; choose from features, attention"):
+        diagnose_visual_tokens(trained, tmp_path, VisualOptions(parts=["anchors"]))
+    with pytest.raises(ValueError, match="empty"):
+        diagnose_visual_tokens(trained, tmp_path, VisualOptions(parts=[]))
+    assert not list(tmp_path.iterdir())
+
+
+def test_attention_needs_the_training_sets(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(config: object, split: str) -> None:
+        raise ValueError(f"{split} is not here")
+
+    monkeypatch.setattr(visual_tokens, "load_mixture", missing)
+    monkeypatch.setattr(visual_tokens, "trained_model", lambda *_: pytest.fail("the weights are loaded"))
+    with pytest.raises(ValueError, match="train is not here"):
+        diagnose_visual_tokens(trained, tmp_path, VisualOptions(parts=["attention"]))

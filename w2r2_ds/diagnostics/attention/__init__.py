@@ -1,0 +1,1 @@
+"""Attention anchors: where the digits of an answer attend."""
