@@ -13,8 +13,9 @@ from w2r2_ds.diagnostics.feature_map import FeatureMapOptions
 from w2r2_ds.diagnostics.visual_tokens import VisualOptions, diagnose_visual_tokens
 
 OPTIONS = VisualOptions(
-    features=FeatureMapOptions(samples=4, tokens=60, perplexity=8.0), samples=3, pictures=2, batch_size=2
+    features=FeatureMapOptions(samples=4, tokens=60, perplexity=3.0, neighbours=3), samples=3, pictures=1, batch_size=2
 )
+"""The validation samples of the fixture share few frames, with few tokens."""
 
 
 def test_parts_of_a_run(trained: Path, tmp_path: Path) -> None:
@@ -23,15 +24,17 @@ def test_parts_of_a_run(trained: Path, tmp_path: Path) -> None:
         content = json.loads((tmp_path / f"{part}-scanrefer.json").read_text())
         assert content == json.loads(json.dumps(results[part])) and content["checkpoint"] == str(trained)
     passes = results["attention"]["passes"]
-    assert set(passes) == {"2d_only", "fused"} and passes["fused"]["summary"]["samples"] == 3
+    records = passes["fused"]["records"]
+    assert set(passes) == {"2d_only", "fused"} and passes["fused"]["summary"]["samples"] == len(records)
+    assert len(records) + results["attention"]["not_in_view"] == 3
     assert passes["fused"]["summary"]["target_area"] > 0 and results["attention"]["typical"]["samples"] > 0
     pictures = results["attention"]["pictures"]
-    assert list(pictures) == [record["sample"] for record in passes["fused"]["records"][:2]]
-    assert sorted(path.name for path in (tmp_path / "attention-scanrefer").iterdir()) == ["000.png", "001.png"]
-    assert Image.open(tmp_path / pictures[passes["fused"]["records"][0]["sample"]]).size[0] > 240
+    assert pictures == {records[0]["sample"]: "attention-scanrefer/000.png"}
+    assert [path.name for path in (tmp_path / "attention-scanrefer").iterdir()] == ["000.png"]
+    assert Image.open(tmp_path / "attention-scanrefer" / "000.png").size[0] >= 240
     layers = results["features"]["layers"]
-    assert len(layers) == len(passes["fused"]["records"][0]["target_mass"])
-    assert len(results["features"]["points"]["fused"]) == len(results["features"]["samples"]) <= 60
+    assert len(layers) == len(records[0]["target_mass"])
+    assert 4 <= len(results["features"]["points"]["fused"]) == len(results["features"]["samples"]) <= 60
 
 
 def test_wrong_options_raise_before_the_model_is_loaded(trained: Path, tmp_path: Path) -> None:

@@ -52,6 +52,9 @@ def run(
     draws: int = 20,
     resamples: int = 2000,
     seed: int = 0,
+    features: bool = False,
+    attention: bool = False,
+    perplexity: float = 30.0,
     batch_size: int = 8,
     max_new_tokens: int = 128,
     root: Path | None = None,
@@ -76,6 +79,9 @@ def run(
         draws: number of draws of the random guess, which are averaged.
         resamples: number of resamples of the bootstrap.
         seed: seed of the bootstrap and the random guess.
+        features: also make the feature map of 2D, geometry and fused tokens (features-TASK.json).
+        attention: also measure to which visual tokens the digits of answers attend (attention-TASK.json, heat maps).
+        perplexity: perplexity of the t-SNE of the feature map.
         batch_size: prompts per forward.
         max_new_tokens: maximum number of tokens of an answer.
         root: data root, if it has moved since training.
@@ -87,11 +93,13 @@ def run(
         raise ValueError("pass either a model with --checkpoint, or saved answers with --predictions LABEL=FILE.")
     if out is None and (data is not None or predictions):
         raise ValueError("pass a folder for the results with --out; --data and --predictions have no default for it.")
+    if predictions and (features or attention):
+        raise ValueError("--features and --attention need a model; pass --checkpoint instead of --predictions.")
     files = _files(predictions)
     # Imported here because torch and transformers are slow to import, and --help and wrong options do not need them.
     from w2r2_ds.diagnostics.reliance import TableOptions, diagnose_files, diagnose_model
     from w2r2_ds.training.checkpoint.manifest import find_checkpoint
-    from w2r2_ds.utils.distributed import RankInfo, gloo_process_group
+    from w2r2_ds.utils.distributed import RankInfo, gloo_process_group, raise_on_all_ranks
     from w2r2_ds.utils.files.output_folder import check_writable, make_folder
 
     options = TableOptions(protocols, proposals, limit, draws, resamples, seed)
@@ -101,20 +109,46 @@ def run(
         make_folder(out)
         return [diagnose_files(files, format, out, options, task=task, data=data, root=root)]
     ranks = RankInfo.from_environment()
+    folder = out or (find_checkpoint(checkpoint) if checkpoint.is_file() else checkpoint) / "evaluation"
+    where: dict[str, Any] = {"data": data, "root": root, "vlm": vlm, "geometry_path": geometry_path}
+    parts = [name for name, wanted in (("features", features), ("attention", attention)) if wanted]
     with gloo_process_group(ranks):
+        # First, because these parts take minutes and generation takes hours.
+        with raise_on_all_ranks():
+            if parts and ranks.rank == 0:
+                _diagnose_visual_tokens(checkpoint, folder, parts, perplexity, seed, task, where)
         return diagnose_model(
             checkpoint,
-            out or (find_checkpoint(checkpoint) if checkpoint.is_file() else checkpoint) / "evaluation",
+            folder,
             options,
             task=task,
-            data=data,
-            root=root,
-            vlm=vlm,
-            geometry_path=geometry_path,
             batch_size=batch_size,
             max_new_tokens=max_new_tokens,
             ranks=ranks,
+            **where,
         )
+
+
+def _diagnose_visual_tokens(
+    checkpoint: Path,
+    out: Path,
+    parts: Sequence[str],
+    perplexity: float,
+    seed: int,
+    task: str | None,
+    where: dict[str, Any],
+) -> None:
+    """`diagnose_visual_tokens` of one task, or of all tasks of the run's validation sets."""
+    from w2r2_ds.diagnostics.feature_map import FeatureMapOptions
+    from w2r2_ds.diagnostics.reliance import tasks_of
+    from w2r2_ds.diagnostics.visual_tokens import VisualOptions, diagnose_visual_tokens
+    from w2r2_ds.evaluation.loading import run_config
+
+    options = VisualOptions(parts, FeatureMapOptions(perplexity=perplexity, seed=seed), seed=seed)
+    one = task is not None or where["data"] is not None
+    config = run_config(checkpoint, where["root"], where["vlm"], where["geometry_path"])
+    for name in [task] if one else tasks_of(config.data):
+        diagnose_visual_tokens(checkpoint, out, options, task=name, **where)
 
 
 def _files(predictions: Sequence[str]) -> dict[str, Path]:

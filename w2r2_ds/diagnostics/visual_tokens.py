@@ -12,7 +12,7 @@ from typing import Any
 from w2r2_ds.data.dataset import load_mixture
 from w2r2_ds.data.frames.typical_box import typical_box
 from w2r2_ds.data.visual_inputs import VisualPreprocessor
-from w2r2_ds.diagnostics.attention.anchors import AttentionAnchors, attention_anchors
+from w2r2_ds.diagnostics.attention.anchors import AnchorSummary, AttentionAnchors, attention_anchors
 from w2r2_ds.diagnostics.attention.heat_maps import save_heat_map
 from w2r2_ds.diagnostics.feature_map import FeatureMapOptions, feature_map
 from w2r2_ds.evaluation.datasets import all_samples, describe_sets, find_sets
@@ -75,7 +75,7 @@ def diagnose_visual_tokens(
         geometry_path: directory or hub id of the geometry encoder on this machine; None for the one of training.
 
     Returns:
-        Part -> content of its file.
+        Part -> content of its file. Without the part ``attention`` if the set has no grounding samples.
 
     Raises:
         ValueError: an option, the data or the checkpoint cannot be used. Attention anchors need the run's training
@@ -90,21 +90,32 @@ def diagnose_visual_tokens(
     config = run_config(path, root, vlm, geometry_path)
     sets = find_sets(config.data, task, data)
     samples = all_samples(sets)
+    parts = list(options.parts)
+    if "attention" in parts and not any(sample.kind == "grounding" for sample in samples):
+        logger.warning("attention anchors of %s are not measured: it has no grounding samples", sets[0].folder)
+        parts.remove("attention")
     # Before the weights are loaded: the training sets may not be on this machine.
-    typical = typical_box(load_mixture(config.data, "train")) if "attention" in options.parts else None
+    typical = typical_box(load_mixture(config.data, "train")) if "attention" in parts else None
     frontend = with_cache(load_frontend(config.model), config)
     model = trained_model(path, config)
     described = {"checkpoint": str(path), "task": sets[0].task, "data": describe_sets(sets)}
     make_folder(out)
     results: dict[str, Any] = {}
-    if "features" in options.parts:
+    if "features" in parts:
         found = feature_map(model, frontend, config.data, samples, options.features)
         results["features"] = described | found.to_json()
+        for pair, each in found.clouds.items():
+            logger.info("features %s: CKA %.3f, centroid distance %.3g", pair, each.cka, each.centroid_distance)
     if typical is not None:
         logger.info("%s", typical.describe())
         anchors = attention_anchors(
             model, frontend, config.data, samples, typical, options.samples, options.seed, options.batch_size
         )
+        for name, records in anchors.records.items():
+            mean = AnchorSummary.of(records)
+            values = 100 * mean.on_target, 100 * mean.target_area, mean.s, 100 * mean.acc25, mean.samples
+            message = "attention %s: anchor on the target %.1f %% (area %.1f %%), s %.3f, Acc@0.25 %.1f %%, %d samples"
+            logger.info(message, name, *values)
         preprocessor = VisualPreprocessor(frontend.family, frontend.vision, frontend.geometry, config.data)
         pictures = save_pictures(out, sets[0].task, anchors, samples, preprocessor, options.pictures)
         results["attention"] = described | anchors.to_json() | {"pictures": pictures}
