@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from ablation_runs import write_checkpoint
 from runs import ROOT
 from w2r2_ds.config.io import load_config
 from w2r2_ds.demo import run
@@ -65,3 +66,28 @@ def test_training_uses_a_free_port(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         with pytest.raises(SystemExit, match="stop here"):
             run.run_demo()
     assert ports == [41234, 41235]
+
+
+def test_finished_steps_are_reused_and_the_report_is_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """With a checkpoint, scores and an adapter, only the scenes and the report are commands."""
+    config = load_config(overrides=["--out", str(tmp_path / "train")])
+    commands: list[tuple[str, ...]] = []
+    monkeypatch.setattr(run, "load_config", lambda: config)
+    monkeypatch.setattr(run, "run_command", lambda *words: commands.append(words))
+    monkeypatch.setattr(run, "print_results", lambda *_: 1.0)
+    write_checkpoint(Path(config.out), config.train.steps)
+    (tmp_path / "evaluation").mkdir()
+    (tmp_path / "adapter").mkdir()
+    for task, geometry in run.EVALUATIONS:
+        (tmp_path / "evaluation" / f"scores-{task}-{geometry}.json").touch()
+    (tmp_path / "adapter" / "w2r2_card.json").touch()
+    run.run_demo()
+    prepare, report = commands
+    assert prepare[1:] == ("launchers/prepare.py", "demo") and report[1] == "launchers/report.py"
+    options = dict(zip(report[2::2], report[3::2], strict=True))
+    evaluation, page = str(tmp_path / "evaluation"), str(tmp_path / "report.html")
+    assert options == {"--run": config.out, "--results": evaluation, "--out": page}
+    commands.clear()
+    monkeypatch.setattr(run, "import_problem", lambda package: "is not installed" if package == "plotly" else "")
+    run.run_demo()
+    assert [words[1] for words in commands] == ["launchers/prepare.py"]

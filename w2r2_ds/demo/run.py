@@ -1,4 +1,4 @@
-"""Run the whole pipeline without downloads: scenes, tiny model, ZeRO-3 training, evaluation, export, results table.
+"""Run the whole pipeline without downloads: scenes, tiny model, ZeRO-3 training, evaluation, export, report, table.
 
 Every step is a command, which is logged before it is executed. A second run reuses finished steps.
 """
@@ -24,6 +24,7 @@ from w2r2_ds.evaluation.scoring import headline
 from w2r2_ds.training.checkpoint.manifest import find_checkpoint, has_checkpoint, is_newer, is_trained
 from w2r2_ds.training.deepspeed.process_group import free_port
 from w2r2_ds.utils.gpus import check_gpus
+from w2r2_ds.utils.packages import import_problem
 
 logger = logging.getLogger(__name__)
 
@@ -78,9 +79,25 @@ def run_demo() -> None:
         if adapter.exists():
             shutil.rmtree(adapter)  # exported from an earlier checkpoint
         run_command("python", "launchers/export.py", "--checkpoint", config.out, "--out", str(adapter))
+    write_report(config, scores)
     parsed = print_results(config, scores, adapter, time.perf_counter() - started)
     if parsed < MIN_PARSED:
         sys.exit(f"demo: only {parsed:.1%} of the answers parse; at least {MIN_PARSED:.0%} should.")
+
+
+def report_file(config: RunConfig) -> Path:
+    """The HTML page about the demo's run."""
+    return Path(config.out).parent / "report.html"
+
+
+def write_report(config: RunConfig, scores: Path) -> None:
+    """Write the HTML page about the run; skipped, with a warning, if a package for it is not installed."""
+    for package in ("plotly", "jinja2"):
+        if problem := import_problem(package):
+            logger.warning("no report: %s %s; pip install 'w2r2-ds[report]'", package, problem)
+            return
+    paths = ("--run", config.out, "--results", str(scores), "--out", str(report_file(config)))
+    run_command("python", "launchers/report.py", *paths)
 
 
 def print_results(config: RunConfig, scores: Path, adapter: Path, seconds: float) -> float:
@@ -117,7 +134,10 @@ def print_results(config: RunConfig, scores: Path, adapter: Path, seconds: float
         ("run", f"{config.out} (metrics.jsonl, checkpoints/)"),
         ("predictions", scores),
         ("adapter", adapter),
+        ("report", report_file(config)),
     ):
+        if label == "report" and not Path(path).is_file():
+            continue
         console.print(f"{label:12} {path}", markup=False, highlight=False, soft_wrap=True)
     console.print(f"done in {seconds:.0f} s", markup=False, highlight=False)
     return min(shares)
