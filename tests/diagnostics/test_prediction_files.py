@@ -12,8 +12,15 @@ from hand_records import ROOT, beside, camera_answer, grounding, question
 from prepared_sets import write_prepared
 from w2r2_ds.commands.diagnose import main
 from w2r2_ds.commands.diagnose import run as diagnose_command
+from w2r2_ds.evaluation.metrics.meteor import Java
 from w2r2_ds.evaluation.predictions.record import record_of
 from w2r2_ds.types.sample import Sample
+
+
+@pytest.fixture(autouse=True)
+def without_java(monkeypatch: pytest.MonkeyPatch) -> None:
+    """METEOR takes 8 s to start."""
+    monkeypatch.setattr("w2r2_ds.evaluation.metrics.meteor.shared_java", lambda: Java(program="no-such-java"))
 
 
 def rooms(count: int = 6) -> list[Sample]:
@@ -66,7 +73,6 @@ def test_without_data_there_is_no_guess(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def test_short_answers_are_compared_with_the_most_frequent_one(tmp_path: Path) -> None:
-    pytest.importorskip("pycocoevalcap")
     samples = [replace(question(number, ("brown",)), scene_id=f"scene{number:04d}_00") for number in range(4)]
     samples = [replace(each, answer="brown" if number else "two") for number, each in enumerate(samples)]
     data = write_prepared(tmp_path / "set", samples, ROOT)

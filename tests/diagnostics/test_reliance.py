@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from runs import ZERO3, World, launch
 from w2r2_ds.commands.diagnose import main, run
 from w2r2_ds.convert.peft_adapter import export_adapter
 from w2r2_ds.evaluation.runner import evaluate
@@ -33,6 +34,18 @@ def diagnosed(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     (result,) = run(trained, data=TRAIN, out=out, **OPTIONS)
     assert (out / "predictions-scanrefer-fused.jsonl").stat().st_mtime_ns == before, "the answers were reused"
     return out, scores, result
+
+
+@pytest.fixture(scope="module")
+def with_point_maps(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one step whose geometry encoder takes point maps in the coordinates of the cameras."""
+    out = tmp_path_factory.mktemp("point_maps") / "run"
+    geometry = {"name": "point_map", "path": "", "reference_frame": "camera", "layers": "[0]"}
+    options = {f"model__geometry__{name}": value for name, value in geometry.items()}
+    words = world.arguments(out, train__steps=1, train__save_every=1, **options)
+    done = launch(1, "launchers/train.py", ["--deepspeed", str(ZERO3), *words])
+    assert done.returncode == 0, done.stdout[-4000:]
+    return out
 
 
 def overall(result: dict[str, Any], row: str) -> dict[str, Any]:
@@ -65,6 +78,32 @@ def test_rows_equal_those_of_evaluate(diagnosed: tuple[Path, dict[str, Any], dic
         for name in ("fused", "zero", "shuffle", "no_image")
     }
     assert texts["no_image"] != texts["zero"]
+
+
+def test_an_encoder_of_pixels_has_no_interventions(diagnosed: tuple[Path, dict[str, Any], dict[str, Any]]) -> None:
+    causality = diagnosed[2]["causality"]
+    assert causality["interventions"] == {} and causality["not_evaluated"].keys() == {"scale", "shift", "turn"}
+    assert causality["replaced"].keys() == {"zero", "shuffle"}
+    assert 0 <= causality["replaced"]["zero"]["unchanged"]["value"] <= 1
+
+
+def test_point_maps_are_scaled_shifted_and_turned(
+    with_point_maps: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every intervention is evaluated; answers of one trained step have a box, which may move or not."""
+    words = ["--checkpoint", str(with_point_maps), "--data", str(TRAIN), "--out", str(tmp_path), "--limit", "3"]
+    assert main([*words, "--causality_limit", "2", "--draws", "2", "--resamples", "100"]) == 0
+    causality = json.loads((tmp_path / "diagnosis-scanrefer.json").read_text())["causality"]
+    assert causality["not_evaluated"] == {}
+    assert causality["interventions"].keys() == {"scale", "shift", "turn"}
+    for kind, measures in causality["interventions"].items():
+        assert (measures["samples"], measures["rows"], len(measures["amounts"])) == (2, 8, 4)
+        assert len(list(tmp_path.glob(f"predictions-scanrefer-{kind}_*.jsonl"))) == 4
+    lines = [len(file.read_text().splitlines()) for file in tmp_path.glob("predictions-scanrefer-turn_*.jsonl")]
+    assert lines == [2] * 4
+    assert "do(F3D), turn: 2 samples" in capsys.readouterr().out
+    assert main([*words, "--causality", "false"]) == 0
+    assert "causality" not in json.loads((tmp_path / "diagnosis-scanrefer.json").read_text())
 
 
 def test_a_second_diagnosis_generates_nothing(

@@ -33,10 +33,11 @@ def main(args: list[str] | None = None) -> None:
     with stdout_to_stderr():
         results = run(**values, protocols=[name.strip() for name in names if name.strip()], predictions=predictions)
     if results:
-        from w2r2_ds.diagnostics.print_tables import print_table1
+        from w2r2_ds.diagnostics.print_tables import print_causality, print_table1
 
         for result in results:
             print_table1(result)
+            print_causality(result)
 
 
 def run(
@@ -52,6 +53,8 @@ def run(
     draws: int = 20,
     resamples: int = 2000,
     seed: int = 0,
+    causality: bool = True,
+    causality_limit: int = 200,
     features: bool = False,
     attention: bool = False,
     perplexity: float = 30.0,
@@ -79,6 +82,8 @@ def run(
         draws: number of draws of the random guess, which are averaged.
         resamples: number of resamples of the bootstrap.
         seed: seed of the bootstrap and the random guess.
+        causality: also answer with scaled, shifted and turned geometry, and measure how far answers follow it.
+        causality_limit: number of samples for this, the first ones; 0 for all.
         features: also make the feature map of 2D, geometry and fused tokens (features-TASK.json).
         attention: also measure to which visual tokens the digits of answers attend (attention-TASK.json, heat maps).
         perplexity: perplexity of the t-SNE of the feature map.
@@ -97,12 +102,12 @@ def run(
         raise ValueError("--features and --attention need a model; pass --checkpoint instead of --predictions.")
     files = _files(predictions)
     # Imported here because torch and transformers are slow to import, and --help and wrong options do not need them.
-    from w2r2_ds.diagnostics.reliance import TableOptions, diagnose_files, diagnose_model
+    from w2r2_ds.diagnostics.reliance import DiagnosisOptions, diagnose_files, diagnose_model
     from w2r2_ds.training.checkpoint.manifest import find_checkpoint
     from w2r2_ds.utils.distributed import RankInfo, gloo_process_group, raise_on_all_ranks
     from w2r2_ds.utils.files.output_folder import check_writable, make_folder
 
-    options = TableOptions(protocols, proposals, limit, draws, resamples, seed)
+    options = DiagnosisOptions(protocols, proposals, limit, draws, resamples, seed, causality, causality_limit)
     if checkpoint is None:
         assert out is not None, "checked above"
         check_writable(out)

@@ -50,6 +50,37 @@ def print_table1(result: Mapping[str, Any]) -> None:
     console.print("Scores times 100, with 95 % intervals over scenes; of n/a, the results have the reason.")
 
 
+def print_causality(result: Mapping[str, Any]) -> None:
+    """Print one table per kind of intervention: a row per number of the box. Nothing without interventions."""
+    causality = result.get("causality")
+    if causality is None:
+        return
+    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else WIDTH)
+    for kind, measures in causality["interventions"].items():
+        counts = f"{measures['samples']} samples, {measures['compared']} of {measures['rows']} answers compared"
+        console.print(Text(one_line(f"do(F3D), {kind}: {counts}")))
+        table = Table()
+        for column in ("number", "slope", "correlation", "follows"):
+            table.add_column(column, justify="left" if column == "number" else "right")
+        for name, each in measures["numbers"].items():
+            if each["rows"]:
+                values = [_measure(each.get(column)) for column in ("slope", "correlation", "follows")]
+                table.add_row(name, *map(Text, values))
+        console.print(table)
+    for name, each in causality["replaced"].items():
+        console.print(Text(one_line(f"answers unchanged under {name}: {_measure(each['unchanged'])}")))
+    for kind, reason in causality["not_evaluated"].items():
+        console.print(Text(one_line(f"do(F3D), {kind}: not evaluated, {reason}")))
+
+
+def _measure(estimate: Mapping[str, Any] | None) -> str:
+    """``0.12 [0.10, 0.14]``"""
+    if estimate is None or estimate["value"] is None:
+        return "n/a"
+    interval = "n/a" if estimate["low"] is None else f"{estimate['low']:.2f}, {estimate['high']:.2f}"
+    return f"{estimate['value']:.2f} [{interval}]"
+
+
 def _is_of(cell: Mapping[str, Any], protocol: str, group: str) -> bool:
     return (cell["protocol"], cell["group"]) == (protocol, group)
 

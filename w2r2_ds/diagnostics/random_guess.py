@@ -9,10 +9,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from w2r2_ds.config.schema import DataConfig
+from w2r2_ds.data.prepared_set import PreparedSet
 from w2r2_ds.data.tasks.parsing import AnswerError, parse_grounding
 from w2r2_ds.evaluation.predictions.record import record_of
 from w2r2_ds.evaluation.protocols.records import AnswerRecord, enclosing_box
@@ -44,6 +47,13 @@ class Label:
 def read_labels(samples: Iterable[Sample]) -> list[Label]:
     """The labels of samples; samples without one (their target is in no frame) are skipped."""
     return [_label(sample) for sample in samples if sample.answer]
+
+
+def training_labels(config: DataConfig, task: str) -> list[Label]:
+    """Labels of the run's training sets of a task; empty if there is none on this machine."""
+    folders = [Path(config.root) / source.path for source in config.train]
+    found = [PreparedSet(folder, config.root) for folder in folders if folder.is_dir()]
+    return [label for each in found if each.task == task for label in read_labels(each)]
 
 
 def _label(sample: Sample) -> Label:

@@ -1,4 +1,4 @@
-"""Answers for Table 1: of a model under all conditions, or from prediction files; and the results file.
+"""Diagnosis of a model, or of prediction files: answers under all conditions, Table 1, causality, the results file.
 
 OUT/diagnosis-TASK.json             results; docs/guides/diagnose.md describes its keys
     predictions-TASK-CONDITION.jsonl   answers, the files of ``w2r2 evaluate``; finished ones are reused
@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from w2r2_ds.config.schema import DataConfig, RunConfig
 from w2r2_ds.data.mixture import Mixture
 from w2r2_ds.data.prepared_set import PreparedSet, read_manifest
-from w2r2_ds.diagnostics.random_guess import Label, most_frequent, random_guesses, read_labels
+from w2r2_ds.diagnostics.geometric_causality import answer_interventions, applicable, causality_results
+from w2r2_ds.diagnostics.random_guess import Label, most_frequent, random_guesses, read_labels, training_labels
 from w2r2_ds.diagnostics.table1 import Row, make_table
+from w2r2_ds.evaluation.conditions import Condition, find_condition
 from w2r2_ds.evaluation.datasets import all_samples, describe_sets, find_sets
 from w2r2_ds.evaluation.loading import run_config, trained_model
 from w2r2_ds.evaluation.predictions.rescore import load_records
@@ -25,6 +28,7 @@ from w2r2_ds.evaluation.protocols.records import AnswerRecord
 from w2r2_ds.evaluation.resumable import read_records
 from w2r2_ds.evaluation.runner import evaluate
 from w2r2_ds.evaluation.scoring import are_annotated, choose_protocols, read_boxes
+from w2r2_ds.models.build import geometry_spec
 from w2r2_ds.models.w2r2 import W2R2
 from w2r2_ds.types.sample import Sample
 from w2r2_ds.utils.distributed import RankInfo
@@ -40,8 +44,8 @@ NOT_ANNOTATED = "samples have no annotated answers (a test split), so there is n
 
 
 @dataclass(frozen=True)
-class TableOptions:
-    """Options of Table 1 that do not depend on the source of the answers.
+class DiagnosisOptions:
+    """Options that do not depend on the source of the answers.
 
     Attributes:
         protocols: names of scoring protocols; the task's default if empty.
@@ -50,6 +54,8 @@ class TableOptions:
         draws: draws of the random guess.
         resamples: resamples of the bootstrap.
         seed: seed of both.
+        causality: whether to answer with changed geometry, and measure how far answers follow it.
+        causality_limit: number of samples for this, the first ones; 0 for all.
     """
 
     protocols: Sequence[str] = ()
@@ -58,9 +64,17 @@ class TableOptions:
     draws: int = 20
     resamples: int = 2000
     seed: int = 0
+    causality: bool = True
+    causality_limit: int = 200
 
     def __post_init__(self) -> None:
-        for name, minimum in (("limit", 0), ("draws", 1), ("resamples", 100), ("seed", 0)):
+        for name, minimum in (
+            ("limit", 0),
+            ("draws", 1),
+            ("resamples", 100),
+            ("seed", 0),
+            ("causality_limit", 0),
+        ):
             if getattr(self, name) < minimum:
                 raise ValueError(f"--{name} is {getattr(self, name)}; it must be at least {minimum}.")
 
@@ -81,7 +95,7 @@ class LoadOnce:
 def diagnose_model(
     path: Path,
     out: Path,
-    options: TableOptions,
+    options: DiagnosisOptions,
     *,
     task: str | None = None,
     data: Path | None = None,
@@ -92,7 +106,9 @@ def diagnose_model(
     max_new_tokens: int = 128,
     ranks: RankInfo | None = None,
 ) -> list[dict[str, Any]]:
-    """Table 1 of a model, for one task or for all tasks of its validation sets; writes ``diagnosis-TASK.json``.
+    """Table 1 and causality of a model, for one task or all tasks of its validation sets.
+
+    Writes ``diagnosis-TASK.json``.
 
     Args:
         path: folder of a run, a checkpoint, an exported adapter or an imported VG-LLM.
@@ -121,20 +137,17 @@ def diagnose_model(
         whole = all_samples(sets)
         if not all(sample.is_annotated for sample in whole):  # before hours of generation
             raise ValueError(f"{sets[0].folder}: {NOT_ANNOTATED}")
-        not_evaluated: dict[str, str] = {}
-        conditions = []
-        for condition in LABELS:
-            if condition == "shuffle" and len({sample.scene_id for sample in whole if sample.frames}) < 2:
-                not_evaluated[condition] = "there is no other scene whose geometry could replace a scene's own"
-                continue
-            conditions.append(condition)
-            evaluate(
+        count = min(options.limit or len(whole), len(whole))
+        answer = partial(
+            _answers,
+            out,
+            sets[0].task,
+            partial(
+                evaluate,
                 path,
                 out,
-                condition,
-                batch_size,
-                max_new_tokens,
-                options.limit,
+                batch_size=batch_size,
+                max_new_tokens=max_new_tokens,
                 task=name,
                 data=data,
                 protocols=options.protocols,
@@ -145,13 +158,24 @@ def diagnose_model(
                 ranks=ranks,
                 reuse=True,
                 load=load,
-            )
+            ),
+        )
+        not_evaluated: dict[str, str] = {}
+        if len({sample.scene_id for sample in whole if sample.frames}) < 2:
+            not_evaluated["shuffle"] = "there is no other scene whose geometry could replace a scene's own"
+        answers = {each: answer(find_condition(each), count) for each in LABELS if each not in not_evaluated}
+        box_format = whole[0].box_format if whole[0].kind == "grounding" else None
+        interventions, reasons = applicable(geometry_spec(config.model.geometry), box_format)
+        fewer = min(options.causality_limit or count, count)
+        wanted = interventions if options.causality else []
+        after = answer_interventions(wanted, partial(answer, count=fewer))
         if ranks.rank:
             continue
-        count = min(options.limit or len(whole), len(whole))
-        files = {each: out / f"predictions-{sets[0].task}-{each}.jsonl" for each in conditions}
-        rows = [Row(each, LABELS[each], [read_records(file, count)], str(file)) for each, file in files.items()]
-        about = {"checkpoint": str(path), "max_new_tokens": max_new_tokens}
+        rows = [Row(each, LABELS[each], [answers[each]], str(_file(out, sets[0].task, each))) for each in answers]
+        about: dict[str, Any] = {"checkpoint": str(path), "max_new_tokens": max_new_tokens}
+        if options.causality:
+            causality = causality_results(answers, after, reasons, options.resamples, options.seed)
+            about["causality"] = causality
         train = training_labels(config.data, sets[0].task)
         results.append(_finish(rows, sets, whole, train, options, out, about, not_evaluated))
     return results
@@ -161,7 +185,7 @@ def diagnose_files(
     files: Mapping[str, Path],
     format_name: str,
     out: Path,
-    options: TableOptions,
+    options: DiagnosisOptions,
     *,
     task: str | None = None,
     data: Path | None = None,
@@ -195,6 +219,19 @@ def diagnose_files(
     return _finish(rows, sets, whole, [], options, out, about, {})
 
 
+def _file(out: Path, task: str, condition: str) -> Path:
+    """The predictions file of an evaluation."""
+    return out / f"predictions-{task}-{condition}.jsonl"
+
+
+def _answers(
+    out: Path, task: str, evaluate_one: Callable[..., dict[str, Any]], condition: Condition, count: int
+) -> list[AnswerRecord]:
+    """Evaluate the first `count` samples under a condition; returns their records, on rank 0 only."""
+    scores = evaluate_one(condition, limit=count)
+    return read_records(_file(out, task, condition.name), count) if scores else []
+
+
 def tasks_of(config: DataConfig) -> list[str]:
     """Tasks of the sets of ``data.val``, in their order.
 
@@ -207,19 +244,12 @@ def tasks_of(config: DataConfig) -> list[str]:
     return list(dict.fromkeys(tasks))
 
 
-def training_labels(config: DataConfig, task: str) -> list[Label]:
-    """Labels of the run's training sets of a task; empty if there is none on this machine."""
-    folders = [Path(config.root) / source.path for source in config.train]
-    found = [PreparedSet(folder, config.root) for folder in folders if folder.is_dir()]
-    return [label for each in found if each.task == task for label in read_labels(each)]
-
-
 def _finish(
     rows: list[Row],
     sets: list[PreparedSet],
     whole: Mixture | None,
     train: list[Label],
-    options: TableOptions,
+    options: DiagnosisOptions,
     out: Path,
     about: Mapping[str, Any],
     not_evaluated: dict[str, str],
@@ -265,7 +295,7 @@ def _finish(
 
 
 def _guess_rows(
-    records: Sequence[AnswerRecord], whole: Sequence[Sample] | None, train: list[Label], options: TableOptions
+    records: Sequence[AnswerRecord], whole: Sequence[Sample] | None, train: list[Label], options: DiagnosisOptions
 ) -> tuple[list[Row], str, str]:
     """Rows of guesses, the labels that they are drawn from, and why there are none (empty if there are)."""
     if whole is None:
