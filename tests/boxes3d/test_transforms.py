@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from w2r2_ds.boxes3d.iou import box_iou
 from w2r2_ds.boxes3d.transforms import (
     camera_to_world,
     camera_to_world_torch,
@@ -19,6 +20,7 @@ from w2r2_ds.boxes3d.transforms import (
     euler_angles_to_matrix,
     euler_angles_to_matrix_torch,
     matrix_to_euler_angles,
+    nearest_heading,
     world_to_camera,
 )
 
@@ -151,3 +153,76 @@ def test_wrong_shapes_and_poses_raise() -> None:
         world_to_camera(boxes(1)[0], np.full((4, 4), -np.inf))
     with pytest.raises(ValueError, match=r"\(3, 3\)"):
         matrix_to_euler_angles(np.eye(4))
+
+
+def upright(count: int, seed: int = 2) -> np.ndarray:
+    """``[count, 9]`` random axis-aligned boxes."""
+    return boxes(count, seed) * np.array([1.0] * 6 + [0.0] * 3)
+
+
+def quarter_turns(box: np.ndarray) -> list[np.ndarray]:
+    """The four equal descriptions of an upright box."""
+    swapped = box[[0, 1, 2, 4, 3, 5, 6, 7, 8]]
+    turn = np.array([0.0] * 6 + [np.pi / 2, 0, 0])
+    return [box, swapped + turn, box + 2 * turn, swapped + 3 * turn]
+
+
+def iou(first: np.ndarray, second: np.ndarray) -> float:
+    return float(box_iou(torch.from_numpy(first)[None], torch.from_numpy(second)[None]))
+
+
+def test_nearest_heading_is_the_same_box_for_random_poses() -> None:
+    """In the world and in the camera; which of the four descriptions is given does not matter."""
+    turns = set()
+    for box, pose in zip(upright(200), poses(200), strict=True):
+        turned = nearest_heading(box, pose)
+        assert iou(turned, box) == pytest.approx(1, abs=1e-6)
+        assert iou(world_to_camera(turned, pose), world_to_camera(box, pose)) == pytest.approx(1, abs=1e-6)
+        x_axis, forward = euler_angles_to_matrix(turned[6:])[:, 0], pose[:3, 2]
+        heading = np.array([forward[0], forward[1], 0]) / np.hypot(forward[0], forward[1])
+        assert x_axis @ heading >= np.sqrt(0.5) - 1e-9  # at most 45 degrees apart
+        quarter = round(turned[6] / (np.pi / 2))
+        np.testing.assert_array_equal(turned[3:6], box[[4, 3, 5]] if quarter % 2 else box[3:6])
+        turns.add(quarter % 4)
+        for other in quarter_turns(box):
+            again = nearest_heading(other, pose)
+            np.testing.assert_allclose(again[:6], turned[:6], atol=1e-12)
+            np.testing.assert_allclose(
+                euler_angles_to_matrix(again[6:]), euler_angles_to_matrix(turned[6:]), atol=1e-12
+            )
+    assert turns == {0, 1, 2, 3}
+
+
+def test_angles_of_the_nearest_heading_vary_less() -> None:
+    """Cameras look up to 50 degrees down, with 5 degrees of roll; docs/reference/data-formats.md has the values."""
+    draw = np.random.default_rng(0)
+    spread: list[tuple[np.ndarray, np.ndarray]] = []
+    for box in upright(1000):
+        yaw, pitch, roll = draw.uniform(-np.pi, np.pi), np.radians(draw.uniform(0, 50)), np.radians(draw.normal() * 5)
+        # R = Rz(yaw) Ry(pitch) Rx(roll) of a camera with x forward and z up, then OpenCV's axes.
+        rotation = euler_angles_to_matrix([yaw, 0, pitch]) @ euler_angles_to_matrix([0, roll, 0])
+        pose = np.eye(4)
+        pose[:3, :3] = rotation @ np.array([[0, 0, 1], [-1, 0, 0], [0, -1, 0]])
+        assert iou(box, nearest_heading(box, pose)) == pytest.approx(1, abs=1e-6)
+        spread.append((world_to_camera(box, pose)[6:], world_to_camera(nearest_heading(box, pose), pose)[6:]))
+    before, after = np.array(spread).std(axis=0)
+    assert before == pytest.approx([1.7, 0.8, 2.3], abs=0.1) and after == pytest.approx([0.2, 0.4, 0.3], abs=0.1)
+    assert np.abs(np.array(spread)[:, 1, 1]).max() < np.radians(50)  # far from the gimbal lock at 90 degrees
+
+
+def test_nearest_heading_by_hand() -> None:
+    """A camera that faces +y: the box's x axis is turned there, its old x side is now its y side."""
+    turned = nearest_heading(np.array([2, 5, 1, 0.8, 0.6, 1.0, 0, 0, 0]), LEVEL)
+    np.testing.assert_allclose(turned, [2, 5, 1, 0.6, 0.8, 1.0, np.pi / 2, 0, 0])
+    # In the camera: x axis forward, y axis left, z axis up, so R = Rz(90) Ry(-90) and a1 = 0.
+    np.testing.assert_allclose(world_to_camera(turned, LEVEL)[6:], [np.pi / 2, 0, -np.pi / 2], atol=1e-12)
+    down = np.diag([1.0, -1.0, -1.0, 1.0])  # the optical axis has no heading
+    box = np.array([2, 5, 1, 0.8, 0.6, 1.0, 0, 0, 0])
+    np.testing.assert_array_equal(nearest_heading(box, down), box)
+
+
+def test_nearest_heading_needs_an_upright_box() -> None:
+    with pytest.raises(ValueError, match="tilted"):
+        nearest_heading(np.array([2, 5, 1, 0.8, 0.6, 1.0, 0, 0.1, 0]), LEVEL)
+    with pytest.raises(ValueError, match="not finite"):
+        nearest_heading(np.array([2, 5, 1, 0.8, 0.6, 1.0, 0, 0, 0]), np.full((4, 4), np.nan))

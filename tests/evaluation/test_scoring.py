@@ -14,6 +14,8 @@ import pytest
 
 from hand_records import BOX, beside, camera_answer, caption, detection, grounding, in_world, question
 from metric_cases import result_keys, undocumented
+from w2r2_ds.boxes3d.transforms import euler_angles_to_matrix, nearest_heading, world_to_camera
+from w2r2_ds.data.tasks.scanrefer import answer_text
 from w2r2_ds.evaluation import scoring
 from w2r2_ds.evaluation.metrics.meteor import Java
 from w2r2_ds.evaluation.predictions.record import record_of
@@ -23,6 +25,7 @@ from w2r2_ds.evaluation.protocols.scan2cap_rules import split_words
 from w2r2_ds.evaluation.scoring import check_scorable, choose_protocols, headline, parsed_share, score_records
 from w2r2_ds.types.sample import Reference, Sample
 
+NAMES = ("vgllm-direct", "vgllm_ZXY", "scanrefer_official", "video3dllm")
 MOVED = beside(0.4)
 """Moved by half a width: IoU 1/3."""
 
@@ -114,6 +117,25 @@ def test_a_rotated_camera_box_is_enclosed_in_a_world_box() -> None:
         assert answer_world_box(record) == pytest.approx(BOX[:6].tolist(), abs=1e-4)
     huge = '{"frame": 1, "bbox_3d": [1e308, 1e308, 1e308, 1e308, 1e308, 1e308, 1, 1, 1]}'
     assert answer_world_box(records([(sample, huge)])[0]) is None
+
+
+def test_equal_descriptions_of_a_box_have_equal_scores() -> None:
+    """For random poses, by all protocols that take angles as the labels have them, in camera and world coordinates."""
+    draw = np.random.default_rng(0)
+    read_as_extrinsic = []
+    for _ in range(20):
+        pose = np.eye(4)
+        pose[:3, :3], pose[:3, 3] = euler_angles_to_matrix(draw.uniform(-1.5, 1.5, 3)), draw.normal(size=3)
+        sample = replace(grounding(), cam_to_world=pose[None])
+        turned = world_to_camera(nearest_heading(BOX, pose), pose)
+        results = score_records(records([(sample, answer_text(0, turned, decimals=9))]), ["all"], items=True)
+        (ious,) = zip(*(result["items"].values() for result in results.values()), strict=True)
+        by_name = {name: item["iou"] for name, item in zip(results, ious, strict=True)}
+        read_as_extrinsic.append(by_name.pop("scanrefer/vgllm"))
+        assert set(by_name) == {f"scanrefer/{each}" for each in NAMES}
+        assert all(iou == pytest.approx(1, abs=1e-6) for iou in by_name.values()), by_name
+    # VG-LLM's evaluator exchanges the order of the angles, so there the score of a label depends on its description.
+    assert min(read_as_extrinsic) < 0.5
 
 
 def test_captions_by_every_protocol() -> None:

@@ -20,6 +20,7 @@ from w2r2_ds.objective.scorer import Score, Scorer
 from w2r2_ds.training.activation_checkpointing import recompute
 from w2r2_ds.training.step import W2R2Step
 from w2r2_ds.training.two_pass import without_dropout
+from world_answers import POSITIVE, in_world
 
 SIMILAR = [0.2, 0.9, 0.75]
 """Similarities of the shortcut's answers in the fixture `solved`; mu is 0.7."""
@@ -286,14 +287,14 @@ def test_a_mixed_batch_equals_its_tasks_separately(
     text_samples: list[Any],
     push: str,
 ) -> None:
-    """Boxes, captions, short answers, with frames and without, in one batch."""
+    """Boxes in both formats, captions, short answers, with frames and without, in one batch."""
     step = make_step(push=push, mu=0.0)
-    mixed = [samples[0], caption_sample, text_samples[0], answer_sample]
+    mixed = [samples[0], caption_sample, text_samples[0], answer_sample, in_world(samples[1], POSITIVE)]
     _, together = step(batch_of(mixed))
     alone = torch.cat([step(batch_of([sample]))[1] for sample in mixed])
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-6)
-    assert together[:, STATS.index("geometry_norm")].gt(0).tolist() == [True, True, False, True]
-    assert not together[1:, STATS.index("invalid_short")].any()
+    assert together[:, STATS.index("geometry_norm")].gt(0).tolist() == [True, True, False, True, True]
+    assert not together[1:4, STATS.index("invalid_short")].any()
 
 
 def test_a_batch_without_frames_has_an_exact_zero_for_the_geometry(

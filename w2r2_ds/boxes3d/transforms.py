@@ -120,6 +120,34 @@ def camera_to_world(box: np.ndarray, cam_to_world: np.ndarray) -> np.ndarray:
     return _transform_box(box, _check_pose(cam_to_world))
 
 
+def nearest_heading(box: np.ndarray, cam_to_world: np.ndarray) -> np.ndarray:
+    """The description of an upright box whose x axis is nearest to the heading of a camera.
+
+    An upright box has four equal descriptions: every quarter turn about the vertical exchanges the first two sizes.
+    The yaw of the result differs from the heading, the horizontal direction of the optical axis, by at most 45 degrees.
+    It does not depend on which description is given. In the coordinates of a camera without roll, a1 of the result is
+    therefore in [-pi/4, pi/4], far from the gimbal lock. If the optical axis is vertical, the yaw is within 45 degrees
+    of 0.
+
+    Args:
+        box: ``[9]`` box in world coordinates, with the angles (yaw, 0, 0).
+        cam_to_world: ``[4, 4]`` camera pose.
+
+    Returns:
+        ``[9]`` float64, the same box in world coordinates.
+
+    Raises:
+        ValueError: box or pose has another shape, the box is tilted, or the pose is not finite.
+    """
+    values, forward = _vector(box, 9, "A box"), _check_pose(cam_to_world)[:3, 2]
+    if values[7:].any():
+        raise ValueError(f"The box is tilted: its angles are {values[6:].tolist()}, not (yaw, 0, 0).")
+    heading = np.arctan2(forward[1], forward[0])
+    turns = round((heading - values[6]) / (np.pi / 2))
+    size = values[[4, 3, 5]] if turns % 2 else values[3:6]
+    return np.concatenate([values[:3], size, [values[6] + turns * np.pi / 2, 0.0, 0.0]])
+
+
 def corners(box: np.ndarray) -> np.ndarray:
     """Corners of a box, in the order of ``CORNER_OFFSETS``.
 

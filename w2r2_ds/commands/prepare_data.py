@@ -13,7 +13,7 @@ from w2r2_ds.data.frames.selection import FrameOptions
 from w2r2_ds.data.tasks.base import TASKS, TaskOptions
 
 TASK_OPTIONS = (
-    *("format", "frames", "rolls", "visibility", "boxes", "skip_without_box"),
+    *("format", "frames", "rolls", "visibility", "boxes", "box_angles", "skip_without_box"),
     *("count", "interval", "step", "windows", "train_windows", "seed"),
 )
 """Parameters of `prepare_task` that are options of some tasks only, see `Task.cli_options`."""
@@ -38,6 +38,7 @@ def prepare_task(
     rolls: int = 0,
     visibility: Literal["embodiedscan", "depth"] = "embodiedscan",
     boxes: Literal["proposals", "annotated"] = "proposals",
+    box_angles: Literal["vgllm", "nearest_heading"] = "vgllm",
     count: int = 4,
     interval: int = 3,
     step: int = 10,
@@ -65,6 +66,9 @@ def prepare_task(
             frame protocol vgllm, as in VG-LLM, else 1.
         visibility: source of object visibility: EmbodiedScan's lists (as in VG-LLM), or the depth images.
         boxes: box whose centre is in a validation prompt: the proposal with the largest IoU, or the annotated box.
+        box_angles: description of an answer's box in format vgllm. A quarter turn about the vertical, with two sizes
+            exchanged, gives the same box: nearest_heading takes the turn that is nearest to the camera's heading,
+            vgllm does not turn it, as VG-LLM.
         count: number of frames per sample.
         interval: a sample has every interval-th frame of a sequence of neighbouring frames.
         step: difference between the numbers of neighbouring frames; 10 if every tenth image was extracted.
@@ -102,6 +106,7 @@ def prepare_task(
             rolls=rolls,
             visibility=visibility,
             boxes=boxes,
+            box_angles=box_angles,
             interval=interval,
             step=step,
             windows=train_windows if split == "train" else windows,

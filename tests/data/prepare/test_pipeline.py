@@ -51,6 +51,9 @@ def test_the_manifest_has_options_inputs_counts_and_files(scenes: Path) -> None:
     manifest = prepare(scenes, DEPTH, scenes / "out", quiet=True).manifest
     assert (manifest["task"], manifest["format"], manifest["split"]) == ("scanrefer", "vgllm", "train")
     assert manifest["options"]["frames"]["count"] == 2 and manifest["options"]["visibility"] == "depth"
+    assert manifest["options"]["box_angles"] == "vgllm"
+    turned = prepare(scenes, replace(DEPTH, box_angles="nearest_heading"), scenes / "turned", quiet=True)
+    assert turned.manifest["options"] == {**manifest["options"], "box_angles": "nearest_heading"}
     assert manifest["counts"] == {
         "samples": 6,
         "scenes": 3,

@@ -236,6 +236,8 @@ def test_the_command_prepares_checks_and_forecasts(
     for flag in ("--check", "--dry-run"):
         assert run(monkeypatch, *options, flag, "--workers", "1") == 1
         assert "00001.txt" in capsys.readouterr().out
+    assert run(monkeypatch, *options, "--format", "video3dllm", "--box_angles", "nearest_heading") == 1
+    assert "--box_angles is nearest_heading, but boxes of format video3dllm" in capsys.readouterr().err
     assert run(monkeypatch, *options, "--format", "video3dllm", "--rolls", "2") == 1
     assert "--rolls is 2, but only format vgllm has rolls" in capsys.readouterr().err
 

@@ -61,6 +61,17 @@ def test_by_depth_the_answer_has_the_clearest_frame(root: Path) -> None:
     assert first.answer == f'```json\n\t{{"frame": 1, "bbox_3d": {expected}}}\n```'
 
 
+def test_the_answer_with_the_box_nearest_to_the_heading(root: Path) -> None:
+    """The camera faces world +y: the box's x axis is turned there, and the sides are exchanged."""
+    write_annotations(root, [CHAIR])
+    (made,) = prepared_items(root, "scanrefer", count=3, visibility="depth", box_angles="nearest_heading")
+    expected = [1.0, 0.5, 2.0, 0.6, 0.8, 1.0, 1.57, 0.0, -1.57]
+    assert made.answer == f'```json\n\t{{"frame": 1, "bbox_3d": {expected}}}\n```'
+    (plain,) = prepared_items(root, "scanrefer", count=3, visibility="depth")
+    np.testing.assert_array_equal(made.target.box, plain.target.box)
+    assert made.question == plain.question and made.frames == plain.frames
+
+
 def test_the_target_has_the_fields_for_scoring(root: Path) -> None:
     write_annotations(root, [CHAIR, TABLE, LAMP])
     target = prepared_items(root, "scanrefer", visibility="depth")[0].target

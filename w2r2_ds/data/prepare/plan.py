@@ -72,6 +72,11 @@ def check_options(options: TaskOptions) -> None:
             f"--rolls is {options.rolls}, but frames.protocol {options.frames.protocol} gives every roll the same "
             "frames; use protocol vgllm or one roll."
         )
+    if options.box_angles != "vgllm" and options.format != "vgllm":
+        raise ValueError(
+            f"--box_angles is {options.box_angles}, but boxes of format {options.format} have no angles; omit the "
+            "option or use format vgllm."
+        )
     options.frames.check()
 
 

@@ -47,6 +47,8 @@ class TaskOptions:
         rolls: training samples per description (ScanRefer), each with other frames.
         visibility: source of object visibility: EmbodiedScan's lists, or the depth images.
         boxes: box whose centre is in the prompt (Scan2Cap, validation): the best proposal, or the annotated box.
+        box_angles: which of the four equal descriptions of a box is the answer (ScanRefer, format vgllm): the annotated
+            one as in VG-LLM, or the one nearest to the camera's heading.
         interval: spacing of a window's frames in a run of neighbouring frames (detection).
         step: difference of the numbers of neighbouring frames (detection).
         windows: maximum number of windows per scene (detection); 0 for all.
@@ -59,6 +61,7 @@ class TaskOptions:
     rolls: int = 1
     visibility: Literal["embodiedscan", "depth"] = "embodiedscan"
     boxes: Literal["proposals", "annotated"] = "proposals"
+    box_angles: Literal["vgllm", "nearest_heading"] = "vgllm"
     interval: int = 3
     step: int = 10
     windows: int = 0

@@ -2,9 +2,11 @@
 
 Format ``vgllm``: the answer is the index of the clearest frame and the object's 9-number box *in that frame's camera*
 (OpenCV axes; centre and size in metres, ZXY angles in radians). It is the axis-aligned world box (angles 0) transformed
-into the camera, so its angles depend on the camera only. As in VG-LLM (LaVi-Lab/VG-LLM ``process_scanrefer.py``), a
-training sample needs an EmbodiedScan instance that matches the annotated box, and a selected frame that shows it.
-Validation keeps every description; the answer is empty if no selected frame shows the object.
+into the camera, so its angles depend on the camera only. Quarter turns of the world box about the vertical are equal
+boxes; option `box_angles` selects one of the four descriptions. As in VG-LLM (LaVi-Lab/VG-LLM
+``process_scanrefer.py``), a training sample needs an EmbodiedScan instance that matches the annotated box, and a
+selected frame that shows it. Validation keeps every description; the answer is empty if no selected frame shows the
+object.
 
 Format ``video3dllm``: the answer is the lowest and the highest corner of the world box (the "gen" template of
 LaVi-Lab/Video-3D-LLM ``process_scanrefer.py``). The public code trains the other template, an ``<ground>`` token, so
@@ -21,7 +23,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from w2r2_ds.boxes3d.transforms import world_to_camera
+from w2r2_ds.boxes3d.transforms import nearest_heading, world_to_camera
 from w2r2_ds.data.frames.selection import select_frames
 from w2r2_ds.data.frames.visibility import clearest_frame
 from w2r2_ds.data.images import frame_size
@@ -131,8 +133,10 @@ def _camera_samples(
         answer = ""
         if best is not None:
             # The label is ScanRefer's box; EmbodiedScan's (visible.box) only selects the frame.
-            box = world_to_camera(world_box(scene, description.object_id), scene.frames[best].cam_to_world)
-            answer = answer_text(chosen.index(best), box)
+            box, pose = world_box(scene, description.object_id), scene.frames[best].cam_to_world
+            if options.box_angles == "nearest_heading":
+                box = nearest_heading(box, pose)
+            answer = answer_text(chosen.index(best), world_to_camera(box, pose))
         yield _sample(scene, job, description, key, chosen, answer)
 
 
@@ -189,7 +193,7 @@ class ScanRefer(DescriptionTask):
 
     name = "scanrefer"
     published: ClassVar = {"train": 36665, "val": 9508}
-    cli_options = ("format", "frames", "rolls", "visibility", "skip_without_box")
+    cli_options = ("format", "frames", "rolls", "visibility", "box_angles", "skip_without_box")
 
     def make_samples(self, scene: Scene, job: Job, options: TaskOptions) -> PreparedItems:
         """Samples and skipped descriptions of one scene, in the order of the file.
@@ -237,7 +241,7 @@ class ScanRefer(DescriptionTask):
         return SceneParts.BOXES | camera
 
     def recorded_options(self, options: TaskOptions) -> dict[str, Any]:
-        return {"rolls": options.rolls} if options.format == "vgllm" else {}
+        return {"rolls": options.rolls, "box_angles": options.box_angles} if options.format == "vgllm" else {}
 
     def default_rolls(self, options: TaskOptions) -> int:
         # As in VG-LLM, which draws the frames of every sample. Other protocols would give equal samples.
