@@ -15,7 +15,7 @@ from synthetic_truth import SCENES, rebuild_room
 from w2r2_ds.data.frames.point_maps import load_point_maps
 from w2r2_ds.data.images import fitted_size, frame_size, load_frame, place_frame, resize_frames
 from w2r2_ds.data.sources.scannet import load_scene
-from w2r2_ds.demo.synthetic.render import Renderer
+from w2r2_ds.demo.synthetic.render import Renderer, pinhole
 from w2r2_ds.demo.synthetic.write import Written
 from w2r2_ds.types.geometry import GeometrySpec, PointMapSpec
 
@@ -115,9 +115,10 @@ def test_portrait_frames_are_cropped_and_padded_as_the_pixels(root: Path, mode: 
     Image.fromarray(ramp).save(path, format="PNG")
     assert (load_frame(path) == ramp).all()
     matrix = np.array([[50.0, 0, 29.5, 0], [0, 50.0, 47.5, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
-    for file in ("intrinsic.txt", "depth_intrinsic.txt"):
-        np.savetxt(path.parent / file, matrix)
-    Image.fromarray(np.full((height, width), 1000, dtype=np.uint16)).save(path.with_suffix(".png"))
+    np.savetxt(path.parent / "intrinsic.txt", matrix)
+    # The depth image has twice the field of view: there is depth behind the white border, too.
+    np.savetxt(path.parent / "depth_intrinsic.txt", np.add(matrix, [[0, 0, 30, 0], [0, 0, 48, 0], [0] * 4, [0] * 4]))
+    Image.fromarray(np.full((2 * height, 2 * width), 1000, dtype=np.uint16)).save(path.with_suffix(".png"))
     resized = resize_frames([ramp], 56, PATCH, mode)[0].astype(float)
     found = point_maps([path], "camera", mode=mode)[0]
     shown = 0
@@ -136,7 +137,7 @@ def test_every_point_of_an_object_lies_in_its_box(rooms: Written) -> None:
     """Synthetic rooms: the object that a position shows, from the renderer, has the point in its box."""
     for name in SCENES:
         room = rebuild_room(rooms.root, name)
-        renderer = Renderer(room, (160, 120))
+        renderer = Renderer(room, (160, 120), pinhole((160, 120)))
         frames = sorted((rooms.root / "posed_images" / name).glob("*.jpg"))[::3]
         found = point_maps(frames, "world").astype(np.float64)
         boxes = {o.object_id: np.asarray(o.box) for o in room.objects}
