@@ -33,11 +33,12 @@ def main(args: list[str] | None = None) -> None:
     with stdout_to_stderr():
         results = run(**values, protocols=[name.strip() for name in names if name.strip()], predictions=predictions)
     if results:
-        from w2r2_ds.diagnostics.print_tables import print_causality, print_table1
+        from w2r2_ds.diagnostics.print_tables import print_causality, print_cues, print_table1
 
         for result in results:
             print_table1(result)
             print_causality(result)
+            print_cues(result)
 
 
 def run(

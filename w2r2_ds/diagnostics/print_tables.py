@@ -73,6 +73,22 @@ def print_causality(result: Mapping[str, Any]) -> None:
         console.print(Text(one_line(f"do(F3D), {kind}: not evaluated, {reason}")))
 
 
+def print_cues(result: Mapping[str, Any]) -> None:
+    """Print the shares of answers that follow the truth and the cue of a shifted split. Nothing for other sets."""
+    if "cues" not in result:
+        return
+    table = Table()
+    for column in ("answers", "scored", "truth", "cue", "neither"):
+        table.add_column(column, justify="left" if column == "answers" else "right")
+    labels = {row["row"]: row["label"] for row in result["table1"]["rows"]}
+    for row, measures in result["cues"].items():
+        shares = [_measure(measures["iou"][name]) for name in ("truth", "cue", "neither")]
+        table.add_row(Text(one_line(labels[row])), str(measures["iou"]["scored"]), *map(Text, shares))
+    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else WIDTH)
+    console.print("answers that follow the 2D cue of this shifted split (IoU)")
+    console.print(table)
+
+
 def _measure(estimate: Mapping[str, Any] | None) -> str:
     """``0.12 [0.10, 0.14]``"""
     if estimate is None or estimate["value"] is None:

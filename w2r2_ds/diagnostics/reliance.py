@@ -19,6 +19,7 @@ from w2r2_ds.data.mixture import Mixture
 from w2r2_ds.data.prepared_set import PreparedSet, read_manifest
 from w2r2_ds.diagnostics.geometric_causality import answer_interventions, applicable, causality_results
 from w2r2_ds.diagnostics.random_guess import Label, most_frequent, random_guesses, read_labels, training_labels
+from w2r2_ds.diagnostics.row_cues import cue_results, cues_of
 from w2r2_ds.diagnostics.table1 import Row, make_table
 from w2r2_ds.evaluation.conditions import Condition, find_condition
 from w2r2_ds.evaluation.datasets import all_samples, describe_sets, find_sets
@@ -288,6 +289,10 @@ def _finish(
         "not_evaluated": not_evaluated,
         "table1": make_table([*rows, *guesses], protocols, boxes, options.resamples, options.seed),
     }
+    if cues := cues_of(sets):
+        assert whole is not None, "there are sets"
+        samples = whole[: len(records)]
+        result["cues"] = cue_results([*rows, *guesses], samples, cues, options.resamples, options.seed)
     file = out / f"diagnosis-{task}.json"
     atomic_io.replace(file, json.dumps(result, indent=2, allow_nan=False) + "\n")
     logger.info("results: %s", file)
