@@ -19,6 +19,8 @@ from w2r2_ds.utils.packages import import_problem
 logger = logging.getLogger(__name__)
 
 RESULTS, PLOTS = "results.json", "plots.html"
+COLOR, SEED_COLOR = "#2a78b5", "#8a8f95"
+"""Colours of the plots: means and differences; single seeds."""
 SIGNIFICANT = 0.05
 """Adjusted p below which a difference is printed in bold."""
 
@@ -124,6 +126,7 @@ def _page(rows: Sequence[Row], baseline: str, numbers: Mapping[str, float | None
     )
     # A sweep of one number is a curve; any other arms are categories.
     curve = all(number is not None for number in numbers.values())
+    ink = {"marker": {"color": COLOR, "size": 8}, "line": {"color": COLOR}}
     for index, metric in enumerate(metrics, start=1):
         shown = [row for row in rows if row.metric == metric]
         places = [numbers[row.arm] if curve else html.escape(row.arm) for row in shown]
@@ -131,7 +134,7 @@ def _page(rows: Sequence[Row], baseline: str, numbers: Mapping[str, float | None
         means = [100 * row.mean for row in shown]
         error_y = {"type": "data", "array": errors}
         mode = "lines+markers" if curve else "markers"
-        figure.add_trace(Scatter(x=places, y=means, error_y=error_y, mode=mode, name="mean ± sd"), index, 1)
+        figure.add_trace(Scatter(x=places, y=means, error_y=error_y, mode=mode, name="mean ± sd", **ink), index, 1)
         seeds = [
             (place, seed, value)
             for place, row in zip(places, shown, strict=True)
@@ -143,7 +146,7 @@ def _page(rows: Sequence[Row], baseline: str, numbers: Mapping[str, float | None
                 y=[100 * value for _, _, value in seeds],
                 text=[f"seed {seed}" for _, seed, _ in seeds],
                 mode="markers",
-                marker={"symbol": "circle-open", "size": 6},
+                marker={"symbol": "circle-open", "size": 6, "color": SEED_COLOR},
                 name="seeds",
             ),
             index,
@@ -157,9 +160,13 @@ def _page(rows: Sequence[Row], baseline: str, numbers: Mapping[str, float | None
             "arrayminus": [100 * (found.mean - found.low) for _, found in compared],
         }
         means = [100 * found.mean for _, found in compared]
-        trace = Scatter(x=[place for place, _ in compared], y=means, error_y=bars, mode="markers", name="difference")
+        trace = Scatter(
+            x=[place for place, _ in compared], y=means, error_y=bars, mode="markers", name="difference", **ink
+        )
         figure.add_trace(trace, index, 2)
         figure.add_hline(y=0, line={"dash": "dot", "width": 1}, row=index, col=2)
     title = f"Differences to {html.escape(baseline)}; all values times 100"
-    figure.update_layout(title=title, height=120 + 380 * max(1, len(metrics)), showlegend=False)
+    figure.update_layout(
+        template="plotly_white", title=title, height=120 + 380 * max(1, len(metrics)), showlegend=False
+    )
     return str(figure.to_html(include_plotlyjs=True, config={"displaylogo": False, "responsive": True}))
