@@ -53,6 +53,40 @@ class SourceConfig:
 
 
 @dataclass(config=STRICT)
+class GeometryAugmentationConfig:
+    """Random changes of point maps together with the answers, in training; the pixels stay. By default none.
+
+    Args:
+        scale: lowest and highest factor of all coordinates, drawn log-uniformly.
+        shift: largest shift along x, y and z (up) in metres, drawn uniformly in both directions.
+        turn: turn about the vertical axis. quarter draws a multiple of 90 degrees; any draws any angle, and is not
+            possible for answers with axis-aligned boxes.
+        probability: probability that the geometry of a sample is changed.
+    """
+
+    scale: Annotated[list[PositiveFloat], Field(min_length=2, max_length=2)] = field(default_factory=lambda: [1.0, 1.0])
+    shift: Annotated[list[NonNegativeFloat], Field(min_length=3, max_length=3)] = field(
+        default_factory=lambda: [0.0, 0.0, 0.0]
+    )
+    turn: Literal["none", "quarter", "any"] = "none"
+    probability: Annotated[FiniteFloat, Field(gt=0, le=1)] = 1.0
+
+    def __post_init__(self) -> None:
+        if self.scale[0] > self.scale[1]:
+            raise ValueError(f"data.geometry_augmentation.scale is {self.scale}; write the lowest factor first.")
+
+    @property
+    def moves_world(self) -> bool:
+        """Whether the world is shifted or turned, which coordinates of a camera that moves along do not show."""
+        return any(self.shift) or self.turn != "none"
+
+    @property
+    def enabled(self) -> bool:
+        """Whether there is anything to change."""
+        return self.scale != [1.0, 1.0] or self.moves_world
+
+
+@dataclass(config=STRICT)
 class DataConfig:
     """Data sets, frames, batches and the feature cache.
 
@@ -80,6 +114,7 @@ class DataConfig:
         cache_gib: maximum size of the cache folder in GiB.
         cached_features: geometry caches the geometry encoder's features only, geometry+2d also those of the vision
             tower.
+        geometry_augmentation: random scale, shift and turn of point maps together with the answers, in training.
     """
 
     root: str = "data/scannet"
@@ -100,6 +135,7 @@ class DataConfig:
     cache: str = ""
     cache_gib: PositiveFloat = 100.0
     cached_features: Literal["geometry", "geometry+2d"] = "geometry"
+    geometry_augmentation: GeometryAugmentationConfig = field(default_factory=GeometryAugmentationConfig)
 
 
 @dataclass(config=STRICT, kw_only=True)

@@ -6,11 +6,13 @@ import functools
 from collections.abc import Callable, Sequence
 
 import torch
+from torch.utils.data import Dataset
 
 from w2r2_ds.config.schema import DataConfig
 from w2r2_ds.data.collate import Collator, PositionIds
 from w2r2_ds.data.dataset import SampleDataset
 from w2r2_ds.data.frames.anchor_inputs import AnchorCollator
+from w2r2_ds.data.frames.geometry_augmentation import AugmentedDataset, GeometryAugmentation, NumberedBatches
 from w2r2_ds.data.frames.typical_box import TypicalBox
 from w2r2_ds.data.packing import Grouping, groups_by_frames, separate_groups
 from w2r2_ds.data.processor import Features, Processor
@@ -108,6 +110,7 @@ def train_loader(
     sampler: GlobalBatchSampler,
     with_prompts: bool = False,
     typical: TypicalBox | None = None,
+    augmentation: GeometryAugmentation | None = None,
 ) -> ReraisingDataLoader[Batch]:
     """Loader of this rank's training micro-batches.
 
@@ -118,10 +121,14 @@ def train_loader(
         sampler: this rank's micro-batches of sample indices.
         with_prompts: also make `Batch.prompts`, to decode answers during training.
         typical: typical box of the training set, to make `Batch.anchors`; None for batches without.
+        augmentation: changes geometry and answers; None for samples as they are.
     """
+    dataset: Dataset[Features] = SampleDataset(samples, make_processor(frontend, config), with_answer=True)
+    if augmentation is not None:
+        dataset = AugmentedDataset(samples, make_processor(frontend, config), augmentation)
     return ReraisingDataLoader(
-        SampleDataset(samples, make_processor(frontend, config), with_answer=True),
-        batch_sampler=sampler,
+        dataset,
+        batch_sampler=sampler if augmentation is None else NumberedBatches(sampler),
         collate_fn=make_collate(frontend, config, with_prompts, pad_to_multiple_of=LENGTH_MULTIPLE, typical=typical),
         num_workers=config.workers,
         worker_init_fn=ignore_stop_signals,

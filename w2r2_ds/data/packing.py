@@ -70,12 +70,14 @@ def separate_groups(features: Sequence[Features]) -> list[Group]:
 def groups_by_frames(features: Sequence[Features]) -> list[Group]:
     """One group per frame set: samples with the same frame files in the same order share the longest common prefix.
 
+    Samples whose geometry was changed by different random draws are in different groups.
+
     Raises:
         ValueError: prompts about the same frames differ before the last frame.
     """
     members: dict[object, list[int]] = {}
     for index, feature in enumerate(features):
-        members.setdefault(feature.sample.frames, []).append(index)
+        members.setdefault((feature.sample.frames, feature.draw), []).append(index)
     return [
         Group(tuple(indices), _shared_prefix_length([features[index] for index in indices]))
         for indices in members.values()

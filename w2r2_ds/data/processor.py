@@ -53,6 +53,8 @@ class Features:
         visual: inputs of both encoders, or their cached features.
         what: ``[tokens]`` bool mask of the *what* tokens: the description in the prompt.
         answer_tokens: *where* and digit tokens of the answer; None without answer.
+        draw: number of the random draw that changed the geometry (`GeometryAugmentation`): of samples with the same
+            frames, those with the same number have the same geometry; -1 for unchanged geometry.
     """
 
     sample: Sample
@@ -62,6 +64,7 @@ class Features:
     visual: VisualInputs
     what: torch.Tensor
     answer_tokens: AnswerTokens | None
+    draw: int = -1
 
 
 class Processor:

@@ -61,6 +61,11 @@ class GlobalBatchSampler(Sampler[list[int]]):
         return (self.steps - self.start) * self.global_batch // (self.micro_batch * self.world_size)
 
     def __iter__(self) -> Iterator[list[int]]:
+        for batch in self.numbered():
+            yield [index for _, index in batch]
+
+    def numbered(self) -> Iterator[list[tuple[int, int]]]:
+        """The same micro-batches, as pairs (number of the scene group in the endless list, sample index)."""
         epoch, order = -1, np.empty(0, dtype=np.int64)
         size = self.mixture.epoch_size
         stride = self.micro_batch * self.world_size
@@ -68,14 +73,14 @@ class GlobalBatchSampler(Sampler[list[int]]):
             for first in range(0, self.global_batch, stride):  # one accumulation step of all ranks
                 # Consecutive positions of an accumulation step: micro-batch of rank 0, of rank 1, ...
                 begin = step * self.global_batch + first + self.rank * self.micro_batch
-                indices = []
+                batch = []
                 for position in range(begin, begin + self.micro_batch):
                     # A micro-batch may span two epochs, or several short ones.
                     if position // size != epoch:
                         epoch = position // size
                         order = self.order(epoch)
-                    indices.append(int(order[position % size]))
-                yield indices
+                    batch.append((position // self.group_size, int(order[position % size])))
+                yield batch
 
     def order(self, epoch: int) -> np.ndarray:
         """Sample indices of one epoch in its order, ``[epoch_size]`` int64, the same on every rank."""

@@ -21,6 +21,9 @@ from torch import Tensor
 
 from w2r2_ds.boxes3d.transforms import euler_angles_to_matrix, matrix_to_euler_angles
 
+AXIS_TOLERANCE = 1e-9
+"""Largest error of a sine or cosine of a multiple of 90 degrees, computed in float64 (some 1e-16)."""
+
 
 @dataclass(frozen=True, eq=False)
 class Similarity:
@@ -57,6 +60,18 @@ class Similarity:
         values = np.asarray(box, dtype=np.float64)
         angles = matrix_to_euler_angles(self.rotation @ euler_angles_to_matrix(values[6:]))
         return np.concatenate([self.scale * self.rotation @ values[:3] + self.shift, self.scale * values[3:6], angles])
+
+    def apply_aligned_box(self, box: np.ndarray) -> np.ndarray:
+        """Transform an axis-aligned box ``[6]`` (centre, size) in the same coordinates; returns float64.
+
+        Raises:
+            ValueError: the turn is not a multiple of 90 degrees, so the box would not stay axis-aligned.
+        """
+        values, axes = np.asarray(box, dtype=np.float64), np.abs(self.rotation)
+        if np.abs(axes - axes.round()).max() > AXIS_TOLERANCE:
+            raise ValueError("An axis-aligned box can only be turned by multiples of 90 degrees.")
+        center = self.scale * self.rotation @ values[:3] + self.shift
+        return np.concatenate([center, self.scale * axes.round() @ values[3:]])
 
     def in_camera(self, cam_to_world: np.ndarray) -> Similarity:
         """The same change of the world, in the coordinates of a camera ``[4, 4]`` that stays."""

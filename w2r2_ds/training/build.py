@@ -19,6 +19,7 @@ from w2r2_ds.config.io import save_config
 from w2r2_ds.config.schema import RunConfig
 from w2r2_ds.data.answer_tokens import require_digit_tokens
 from w2r2_ds.data.dataset import check_frames_are_shared, digests, load_mixture
+from w2r2_ds.data.frames.geometry_augmentation import check_augmentation, make_augmentation
 from w2r2_ds.data.frames.typical_box import TypicalBox, typical_box
 from w2r2_ds.data.loader import choose_grouping, make_processor, train_loader
 from w2r2_ds.data.mixture import Mixture
@@ -208,6 +209,7 @@ def check_inputs(
     check_frames(samples, rank, world_size)
     check_depth(samples, config.model.geometry, rank, world_size)
     check_sample_texts(samples, processor, rank, world_size)
+    check_augmentation(config.data.geometry_augmentation, frontend.geometry, samples)
     if rank == 0:
         logger.info("%s", describe_frames(samples, processor))
         for note in preparation_notes(samples, config.data.root):
@@ -260,7 +262,9 @@ def make_loader(config: RunConfig, inputs: Inputs, start: int) -> ReraisingDataL
         questions_per_scene=config.data.questions_per_scene,
     )
     decode = config.objective.shortcut_decode == "greedy"
-    return train_loader(inputs.samples, inputs.frontend, config.data, sampler, decode, inputs.typical)
+    geometry = inputs.frontend.geometry
+    augmentation = make_augmentation(config.data.geometry_augmentation, geometry, config.train.seed)
+    return train_loader(inputs.samples, inputs.frontend, config.data, sampler, decode, inputs.typical, augmentation)
 
 
 def make_decode_gap(config: RunConfig, inputs: Inputs) -> DecodeGap | None:

@@ -19,6 +19,7 @@ from w2r2_ds.data.frames.selection import FrameOptions, FrameSampling
 from w2r2_ds.data.sources.embodiedscan import ScanInfo
 from w2r2_ds.data.sources.frames import SceneParts
 from w2r2_ds.data.sources.scannet import Scene
+from w2r2_ds.models.point_transforms import Similarity
 from w2r2_ds.types.sample import BoxFormat, Kind, Sample
 from w2r2_ds.utils.findings import Finding
 from w2r2_ds.utils.registry import Registry
@@ -235,6 +236,19 @@ class Task(ABC):
         None (default) selects ``objective.caption_similarity`` or ``objective.answer_similarity``, by kind.
         """
         return None
+
+    def change_world(self, sample: Sample, change: Similarity) -> Sample:
+        """The sample after a change of its world in which the cameras move along (`data.geometry_augmentation`).
+
+        Poses, boxes and every coordinate in the question and the answer change; `tasks.common.move_sample` does it for
+        poses and target. Coordinates of a camera show the scale only (`Similarity.in_moved_camera`).
+        """
+        raise ValueError(f"Task {self.name} does not define Task.change_world.")
+
+    @property
+    def can_change_world(self) -> bool:
+        """Whether the task defines `change_world`."""
+        return type(self).change_world is not Task.change_world
 
     def unit(self, options: TaskOptions) -> str:
         """Plural noun for the counted items, for messages and the manifest."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,8 @@ from w2r2_ds.data.tasks.base import (
     TaskOptions,
     by_scene,
 )
-from w2r2_ds.types.sample import Target
+from w2r2_ds.models.point_transforms import Similarity
+from w2r2_ds.types.sample import Sample, Target
 from w2r2_ds.utils.findings import Finding
 
 SCANNET_ACCESS = "ScanNet: sign its terms of use (http://www.scan-net.org), then use its download script"
@@ -199,6 +200,23 @@ def frame_fields(frames: Sequence[Frame]) -> dict[str, Any]:
 def world_box(scene: Scene, object_id: int) -> np.ndarray:
     """``[9]`` float64 annotated box in the axis-aligned world: centre, size (metres), and angles that are 0."""
     return np.concatenate([scene.instances[object_id].box, np.zeros(3)])
+
+
+def move_sample(sample: Sample, change: Similarity) -> Sample:
+    """The sample with the poses and the target of a changed world; its texts and `objects` stay.
+
+    `Target.described` becomes the axis-aligned box that encloses the turned one, the same box for a multiple of 90
+    degrees.
+    """
+    target = sample.target
+    if target is not None:
+        described = target.described
+        if described is not None:
+            center = change.scale * change.rotation @ described[:3] + change.shift
+            described = np.concatenate([center, change.scale * np.abs(change.rotation) @ described[3:]])
+        target = replace(target, box=change.apply_box(target.box), described=described)
+    poses = np.array([change.moved_pose(pose) for pose in sample.cam_to_world]).reshape(sample.cam_to_world.shape)
+    return replace(sample, cam_to_world=poses, target=target)
 
 
 def rounded(values: np.ndarray, decimals: int = 2) -> list[float]:

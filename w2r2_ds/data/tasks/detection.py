@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,16 @@ from w2r2_ds.data.tasks.base import (
     TaskOptions,
     register_task,
 )
-from w2r2_ds.data.tasks.common import EMBODIEDSCAN, broken_instances, frame_fields, infos_files, rounded_box
+from w2r2_ds.data.tasks.common import (
+    EMBODIEDSCAN,
+    broken_instances,
+    frame_fields,
+    infos_files,
+    move_sample,
+    rounded_box,
+)
 from w2r2_ds.data.tasks.parsing import parse_objects
+from w2r2_ds.models.point_transforms import Similarity
 from w2r2_ds.types.sample import BoxFormat, LabeledBox, Sample
 
 QUESTION = (
@@ -133,6 +142,13 @@ class Detection(Task):
 
     def parse(self, text: str, frame_count: int, box_format: BoxFormat = "camera") -> list[tuple[str, np.ndarray]]:
         return parse_objects(text)
+
+    def change_world(self, sample: Sample, change: Similarity) -> Sample:
+        # Boxes in a camera that moves along.
+        objects = tuple(
+            replace(each, box=np.concatenate([change.scale * each.box[:6], each.box[6:]])) for each in sample.objects
+        )
+        return replace(move_sample(sample, change), objects=objects, answer=answer_text(objects))
 
     def unit(self, options: TaskOptions) -> str:
         return "scenes"

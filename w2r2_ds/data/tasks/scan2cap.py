@@ -16,7 +16,7 @@ Test: ScanNet's hidden scans have no annotated objects. Every proposed box of a 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -49,10 +49,12 @@ from w2r2_ds.data.tasks.common import (
     frame_fields,
     frames_or_skip,
     is_hidden,
+    move_sample,
     proposals_file,
     rounded,
     target_of,
 )
+from w2r2_ds.models.point_transforms import Similarity
 from w2r2_ds.types.sample import Kind, Reference, Sample
 
 QUESTION = "\nCarefully watch the video and describe the object located at {place} in detail."
@@ -230,6 +232,16 @@ class Scan2Cap(DescriptionTask):
 
     def kind(self, options: TaskOptions) -> Kind:
         return "caption"
+
+    def change_world(self, sample: Sample, change: Similarity) -> Sample:
+        moved = move_sample(sample, change)
+        assert sample.target is not None and sample.target.described is not None, "a caption describes a box"
+        assert moved.target is not None and moved.target.described is not None
+        box, changed = (np.concatenate([each.described, np.zeros(3)]) for each in (sample.target, moved.target))
+        # The format of a sample is not stored, but its question has the position in one of two coordinate systems.
+        if sample.question == question_text(box):
+            return replace(moved, question=question_text(changed))
+        return replace(moved, question=question_text(changed, moved.cam_to_world[0]))
 
     def unit(self, options: TaskOptions) -> str:
         return "descriptions" if options.split == "train" else "objects"

@@ -15,7 +15,8 @@ from w2r2_ds.data.frames.selection import select_frames
 from w2r2_ds.data.sources.annotations import Question, read_scanqa
 from w2r2_ds.data.sources.scannet import Scene
 from w2r2_ds.data.tasks.base import InputFile, Job, PreparedItems, Task, TaskOptions, is_validation, register_task
-from w2r2_ds.data.tasks.common import SCANQA_ACCESS, frame_fields
+from w2r2_ds.data.tasks.common import SCANQA_ACCESS, frame_fields, move_sample
+from w2r2_ds.models.point_transforms import Similarity
 from w2r2_ds.types.sample import Reference, Sample
 
 QUESTION = "{question} Answer the question simply."
@@ -83,6 +84,9 @@ class ScanQA(Task):
                 references = tuple(Reference(text) for text in question.answers)
                 prepared.append((number, _sample(scene, question, options, question.question_id, answer, references)))
         return prepared
+
+    def change_world(self, sample: Sample, change: Similarity) -> Sample:
+        return move_sample(sample, change)  # no coordinates in the texts
 
     def unit(self, options: TaskOptions) -> str:
         return "questions"

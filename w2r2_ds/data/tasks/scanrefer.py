@@ -19,6 +19,7 @@ empty label and no target. The world of these scans is the raw one, as in ScanRe
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -47,12 +48,14 @@ from w2r2_ds.data.tasks.common import (
     frame_fields,
     frames_or_skip,
     is_hidden,
+    move_sample,
     rounded,
     rounded_box,
     target_of,
     world_box,
 )
 from w2r2_ds.data.tasks.parsing import Grounding, WorldGrounding, parse_grounding, parse_world_box
+from w2r2_ds.models.point_transforms import Similarity
 from w2r2_ds.types.sample import BoxFormat, Kind, Sample
 
 QUESTION = (
@@ -223,6 +226,19 @@ class ScanRefer(DescriptionTask):
         if box_format == "world":
             return WorldGrounding(parse_world_box(text))
         return parse_grounding(text, frame_count)
+
+    def change_world(self, sample: Sample, change: Similarity) -> Sample:
+        moved = move_sample(sample, change)
+        if not sample.answer:  # no frame shows the object
+            return moved
+        if sample.box_format == "world":
+            assert sample.target is not None, "a label has a box"
+            return replace(moved, answer=world_answer_text(change.apply_aligned_box(sample.target.box[:6])))
+        # The numbers of the text, because its angles may be any of those that describe the same box.
+        label = parse_grounding(sample.answer, len(sample.frames))
+        return replace(
+            moved, answer=answer_text(label.frame, np.concatenate([change.scale * label.box[:6], label.box[6:]]))
+        )
 
     def unit(self, options: TaskOptions) -> str:
         return "descriptions"
