@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
 from w2r2_ds.config.schema import GeometryConfig
-from w2r2_ds.models.geometry_encoder import GeometryEncoder, register_geometry_encoder
+from w2r2_ds.models.geometry.encoder import GeometryEncoder, register_geometry_encoder
 from w2r2_ds.types.geometry import GeometrySpec
 
 PATCH = 16

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from w2r2_ds.diagnostics.causality import MIN_CHANGE, NUMBERS, Answers, measure_causality
-from w2r2_ds.models.point_transforms import world_change
+from w2r2_ds.models.geometry.point_transforms import world_change
 
 Model = Callable[[np.ndarray], np.ndarray]
 """Boxes that the geometry shows ``[n, 9]`` -> boxes of the answers; a model that ignores it answers a constant."""

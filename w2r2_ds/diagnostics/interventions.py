@@ -1,7 +1,7 @@
 """Interventions do(F3D): the geometry of a sample is scaled, shifted or turned, and its pixels stay.
 
-They need an encoder of point maps, whose input is the geometry itself (`models/point_map.py`). Answer and points must
-be in coordinates in which the change is visible and has one meaning:
+They need an encoder of point maps, whose input is the geometry itself (`models/geometry/point_map.py`). Answer and
+points must be in coordinates in which the change is visible and has one meaning:
 
 * *Scale*: the cameras move along, so the scale is all that camera coordinates show. World coordinates are scaled about
   the origin of the room.
@@ -25,7 +25,7 @@ from w2r2_ds.data.tasks.parsing import AnswerError, parse_grounding, parse_world
 from w2r2_ds.diagnostics.causality import Answers
 from w2r2_ds.evaluation.conditions import Condition, SampleProcessor
 from w2r2_ds.evaluation.protocols.records import AnswerRecord, enclosing_box
-from w2r2_ds.models.point_transforms import Similarity, change_point_maps, world_change
+from w2r2_ds.models.geometry.point_transforms import Similarity, change_point_maps, world_change
 from w2r2_ds.types.geometry import GeometrySpec
 from w2r2_ds.types.sample import Sample
 

@@ -22,7 +22,7 @@ from w2r2_ds.kernels.select import resolve_attention, resolve_dtype
 from w2r2_ds.models.attention.causal_sdpa import use_causal_sdpa
 from w2r2_ds.models.family import VlmFamily, find_family
 from w2r2_ds.models.fusion import make_fusion
-from w2r2_ds.models.geometry_encoder import GEOMETRY_ENCODERS, GeometryEncoder
+from w2r2_ds.models.geometry.encoder import GEOMETRY_ENCODERS, GeometryEncoder
 from w2r2_ds.models.lora import add_lora
 from w2r2_ds.models.merger import GeometryMerger
 from w2r2_ds.models.merger_io import load_merger

@@ -16,10 +16,10 @@ from w2r2_ds.kernels.dual_stream_embed import dual_stream_embed
 from w2r2_ds.kernels.select import TORCH_KERNELS, Kernels, backend_of
 from w2r2_ds.models.family import VlmFamily, find_family
 from w2r2_ds.models.fusion import Fusion
-from w2r2_ds.models.geometry_encoder import GeometryEncoder
+from w2r2_ds.models.geometry.encoder import GeometryEncoder
+from w2r2_ds.models.geometry.resampling import resample_to_patches
 from w2r2_ds.models.layer_inputs import OnInput, on_layer_inputs
 from w2r2_ds.models.merger import GeometryMerger, pair_frames
-from w2r2_ds.models.resampling import resample_to_patches
 from w2r2_ds.types.batch import Batch, Visuals
 
 if TYPE_CHECKING:

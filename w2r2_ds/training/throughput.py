@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from w2r2_ds.models.flops import Work, products, tokens_and_pairs
-from w2r2_ds.models.geometry_encoder import GeometryEncoder
+from w2r2_ds.models.geometry.encoder import GeometryEncoder
 from w2r2_ds.models.w2r2 import W2R2
 from w2r2_ds.objective.push_terms import PushTerm
 from w2r2_ds.types.batch import Batch, Visuals

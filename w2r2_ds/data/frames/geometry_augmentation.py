@@ -1,8 +1,8 @@
 """Geometry augmentation: training samples whose point maps and answers are scaled, shifted and turned together.
 
 The pixels stay as they are, so a model that answers from 2D appearance alone is wrong on a changed sample, and a model
-that reads its answer off the geometry is right. The cameras move along with the world (`models/point_transforms.py`):
-every pixel still shows the point that belongs to it.
+that reads its answer off the geometry is right. The cameras move along with the world
+(`models/geometry/point_transforms.py`): every pixel still shows the point that belongs to it.
 
 Every change is drawn with a random generator of its own, seeded by the run's seed, the scene group's number in the
 sampler's endless list, and the frames. It depends neither on the number of ranks, micro-batches or workers, nor on
@@ -23,7 +23,7 @@ from w2r2_ds.data.mixture import Mixture
 from w2r2_ds.data.processor import Features
 from w2r2_ds.data.sampler import GlobalBatchSampler
 from w2r2_ds.data.tasks.base import TASKS
-from w2r2_ds.models.point_transforms import Similarity, change_point_maps, world_change
+from w2r2_ds.models.geometry.point_transforms import Similarity, change_point_maps, world_change
 from w2r2_ds.types.geometry import GeometrySpec
 from w2r2_ds.types.sample import Sample
 from w2r2_ds.utils.plugins import ImportsPlugins

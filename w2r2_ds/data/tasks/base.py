@@ -19,7 +19,7 @@ from w2r2_ds.data.frames.selection import FrameOptions, FrameSampling
 from w2r2_ds.data.sources.embodiedscan import ScanInfo
 from w2r2_ds.data.sources.frames import SceneParts
 from w2r2_ds.data.sources.scannet import Scene
-from w2r2_ds.models.point_transforms import Similarity
+from w2r2_ds.models.geometry.point_transforms import Similarity
 from w2r2_ds.types.sample import BoxFormat, Kind, Sample
 from w2r2_ds.utils.findings import Finding
 from w2r2_ds.utils.registry import Registry

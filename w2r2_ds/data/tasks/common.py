@@ -33,7 +33,7 @@ from w2r2_ds.data.tasks.base import (
     TaskOptions,
     by_scene,
 )
-from w2r2_ds.models.point_transforms import Similarity
+from w2r2_ds.models.geometry.point_transforms import Similarity
 from w2r2_ds.types.sample import Sample, Target
 from w2r2_ds.utils.findings import Finding
 

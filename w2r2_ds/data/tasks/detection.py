@@ -44,7 +44,7 @@ from w2r2_ds.data.tasks.common import (
     rounded_box,
 )
 from w2r2_ds.data.tasks.parsing import parse_objects
-from w2r2_ds.models.point_transforms import Similarity
+from w2r2_ds.models.geometry.point_transforms import Similarity
 from w2r2_ds.types.sample import BoxFormat, LabeledBox, Sample
 
 QUESTION = (

@@ -54,7 +54,7 @@ from w2r2_ds.data.tasks.common import (
     rounded,
     target_of,
 )
-from w2r2_ds.models.point_transforms import Similarity
+from w2r2_ds.models.geometry.point_transforms import Similarity
 from w2r2_ds.types.sample import Kind, Reference, Sample
 
 QUESTION = "\nCarefully watch the video and describe the object located at {place} in detail."

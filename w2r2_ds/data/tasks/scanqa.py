@@ -16,7 +16,7 @@ from w2r2_ds.data.sources.annotations import Question, read_scanqa
 from w2r2_ds.data.sources.scannet import Scene
 from w2r2_ds.data.tasks.base import InputFile, Job, PreparedItems, Task, TaskOptions, is_validation, register_task
 from w2r2_ds.data.tasks.common import SCANQA_ACCESS, frame_fields, move_sample
-from w2r2_ds.models.point_transforms import Similarity
+from w2r2_ds.models.geometry.point_transforms import Similarity
 from w2r2_ds.types.sample import Reference, Sample
 
 QUESTION = "{question} Answer the question simply."

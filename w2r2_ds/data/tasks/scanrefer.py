@@ -55,7 +55,7 @@ from w2r2_ds.data.tasks.common import (
     world_box,
 )
 from w2r2_ds.data.tasks.parsing import Grounding, WorldGrounding, parse_grounding, parse_world_box
-from w2r2_ds.models.point_transforms import Similarity
+from w2r2_ds.models.geometry.point_transforms import Similarity
 from w2r2_ds.types.sample import BoxFormat, Kind, Sample
 
 QUESTION = (

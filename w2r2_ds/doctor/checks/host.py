@@ -97,7 +97,7 @@ def checkpoint_bytes(config: RunConfig) -> int:
 
     from w2r2_ds.models.flops import num_lora_parameters
     from w2r2_ds.models.fusion import make_fusion
-    from w2r2_ds.models.geometry_encoder import GEOMETRY_ENCODERS
+    from w2r2_ds.models.geometry.encoder import GEOMETRY_ENCODERS
     from w2r2_ds.models.merger import GeometryMerger
 
     model, geometry = config.model, config.model.geometry

@@ -11,7 +11,7 @@ from torch import Tensor
 from w2r2_ds.config.schema import GeometryConfig
 from w2r2_ds.models.attention.sdpa_backends import cudnn_sdpa
 from w2r2_ds.models.flops import attention, products
-from w2r2_ds.models.geometry_encoder import GeometryEncoder, register_geometry_encoder
+from w2r2_ds.models.geometry.encoder import GeometryEncoder, register_geometry_encoder
 from w2r2_ds.models.vggt.config import HEAD_SIZES, VGGTConfig
 from w2r2_ds.models.vggt.loading import HEAD_PREFIXES, load_vggt, locate, read_config
 from w2r2_ds.models.vggt.model import VGGT

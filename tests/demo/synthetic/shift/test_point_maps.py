@@ -12,7 +12,7 @@ from shift_fixtures import SHIFTED, cues_of, scene_pairs
 from w2r2_ds.data.frames.point_maps import load_point_maps
 from w2r2_ds.data.images import Placement, frame_size
 from w2r2_ds.data.sources.scannet import Scene
-from w2r2_ds.models.point_transforms import Similarity, change_point_maps, world_change
+from w2r2_ds.models.geometry.point_transforms import Similarity, change_point_maps, world_change
 from w2r2_ds.types.geometry import GeometrySpec, PointMapSpec
 
 ROUNDING = 2e-3

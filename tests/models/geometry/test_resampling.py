@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from w2r2_ds.models.geometry.resampling import resample_to_patches
 from w2r2_ds.models.merger import GeometryMerger
-from w2r2_ds.models.resampling import resample_to_patches
 
 SIZES = [(14, 16), (16, 14), (14, 28), (8, 14), (32, 14)]
 """Patch sizes of the geometry encoder and of the vision tower."""

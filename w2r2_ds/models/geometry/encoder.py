@@ -87,7 +87,7 @@ class GeometryEncoder(ABC):
         return 0.0
 
 
-BUILT_IN = {"vggt": "w2r2_ds.models.vggt.encoder", "point_map": "w2r2_ds.models.point_map"}
+BUILT_IN = {"vggt": "w2r2_ds.models.vggt.encoder", "point_map": "w2r2_ds.models.geometry.point_map"}
 """Name -> module, imported on first use; it registers its encoder."""
 
 GEOMETRY_ENCODERS: Registry[type[GeometryEncoder]] = Registry("model.geometry.name", BUILT_IN)

@@ -8,7 +8,7 @@ import torch
 
 from w2r2_ds.boxes3d.transforms import corners, euler_angles_to_matrix, world_to_camera
 from w2r2_ds.data.frames.projection import project
-from w2r2_ds.models.point_transforms import Similarity, change_point_maps, world_change
+from w2r2_ds.models.geometry.point_transforms import Similarity, change_point_maps, world_change
 
 BOX = np.array([1.0, 2.0, 0.5, 0.8, 0.6, 1.1, 0.4, 0.0, 0.0])
 CHANGES = {

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from w2r2_ds.config.schema import GeometryConfig
-from w2r2_ds.models.geometry_encoder import GeometryEncoder, register_geometry_encoder
+from w2r2_ds.models.geometry.encoder import GeometryEncoder, register_geometry_encoder
 from w2r2_ds.types.geometry import GeometrySpec, PointMapSpec
 
 PATCH_SIZE = 14

@@ -19,10 +19,10 @@ from w2r2_ds.data.answer_tokens import token_tables
 from w2r2_ds.data.dataset import load_mixture
 from w2r2_ds.data.loader import make_collate, make_processor
 from w2r2_ds.data.prepare.features import fill_cache
-from w2r2_ds.models import geometry_encoder
 from w2r2_ds.models.build import VlmFrontend, build_model, fingerprint, geometry_spec, load_frontend
 from w2r2_ds.models.feature_cache import geometry_identity, open_cache
 from w2r2_ds.models.frame_pixels import unit_range
+from w2r2_ds.models.geometry.encoder import GEOMETRY_ENCODERS, register_geometry_encoder
 from w2r2_ds.objective.scorer import Scorer
 from w2r2_ds.training.checkpoint.compat import check_fingerprint
 from w2r2_ds.training.step import W2R2Step
@@ -33,7 +33,7 @@ from w2r2_ds.utils.distributed import RankInfo
 
 pytestmark = pytest.mark.slow
 
-PLUGIN = Path(__file__).parents[2] / "examples" / "custom_geometry_encoder.py"
+PLUGIN = Path(__file__).parents[3] / "examples" / "custom_geometry_encoder.py"
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def config(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
         given_run = {"data__frame_width": 96, "data__workers": 0, "data__cache": tmp_path / "cache"}
         return load_config(DEMO_RECIPE, world.arguments(tmp_path / "run", **options, **given_run, **changes))
 
-    with patch.dict(geometry_encoder.GEOMETRY_ENCODERS):
+    with patch.dict(GEOMETRY_ENCODERS):
         assert plugins.import_plugins(["--plugin", str(PLUGIN)]) == []
         yield make
 
@@ -116,7 +116,7 @@ def test_settings_of_the_encoder_are_in_cache_key_and_checkpoint(
         other = replace(run.model, geometry=replace(run.model.geometry, **changes))
         assert geometry_identity(run.data, other) != own, changes
 
-    encoder: Any = geometry_encoder.GEOMETRY_ENCODERS.find("frame_difference")
+    encoder: Any = GEOMETRY_ENCODERS.find("frame_difference")
     with monkeypatch.context() as patch:
         patch.setattr(encoder, "identity", classmethod(lambda cls, config: {"version": 2, "layers": 24}))
         changed = geometry_identity(run.data, run.model)
@@ -146,9 +146,9 @@ def test_only_vggt_has_defaults_of_path_and_layers() -> None:
 
 
 def test_a_name_can_be_registered_once_only() -> None:
-    inherited: Any = type("Mine", (geometry_encoder.GEOMETRY_ENCODERS.find("vggt"),), {})
+    inherited: Any = type("Mine", (GEOMETRY_ENCODERS.find("vggt"),), {})
     with pytest.raises(ValueError, match=r"model\.geometry\.name 'vggt'"):
-        geometry_encoder.register_geometry_encoder(inherited)
+        register_geometry_encoder(inherited)
 
 
 def test_vggt_needs_a_path() -> None:
