@@ -8,12 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-from w2r2_ds.config.schema import GeometryConfig
 from w2r2_ds.data.images import THREADS, check_frame, frame_size
 from w2r2_ds.data.processor import Processor, SequenceTooLong
 from w2r2_ds.data.sources.depth_frames import check_depth_frame
 from w2r2_ds.data.visual_inputs import VisualPreprocessor
-from w2r2_ds.models.build import geometry_spec
+from w2r2_ds.types.geometry import GeometrySpec
 from w2r2_ds.types.sample import Sample
 
 logger = logging.getLogger(__name__)
@@ -47,12 +46,15 @@ def check_frames(samples: Sequence[Sample], rank: int = 0, world_size: int = 1) 
     return len(files)
 
 
-def check_depth(samples: Sequence[Sample], config: GeometryConfig, rank: int = 0, world_size: int = 1) -> int:
+def check_depth(
+    samples: Sequence[Sample], name: str, geometry: GeometrySpec, rank: int = 0, world_size: int = 1
+) -> int:
     """Check depth images, poses and intrinsics of the distinct frames, if the geometry encoder needs point maps.
 
     Args:
         samples: samples whose frames have passed `check_frames`.
-        config: the geometry encoder.
+        name: name of the geometry encoder (`model.geometry.name`), for messages.
+        geometry: kind of its input.
         rank: rank of this process; it checks every `world_size`-th frame.
         world_size: number of ranks.
 
@@ -62,7 +64,7 @@ def check_depth(samples: Sequence[Sample], config: GeometryConfig, rank: int = 0
     Raises:
         ValueError: a file is missing or cannot be used; the message names the first one and the encoder.
     """
-    spec = geometry_spec(config).point_maps
+    spec = geometry.point_maps
     if spec is None:
         return 0
     files = _own_frames(samples, rank, world_size)
@@ -73,7 +75,7 @@ def check_depth(samples: Sequence[Sample], config: GeometryConfig, rank: int = 0
                 pass
     except ValueError as error:
         needed = "a depth image and a camera pose" if spec.needs_poses else "a depth image"
-        raise ValueError(f"model.geometry.name {config.name} needs {needed} of every frame: {error}") from error
+        raise ValueError(f"model.geometry.name {name} needs {needed} of every frame: {error}") from error
     return len(files)
 
 

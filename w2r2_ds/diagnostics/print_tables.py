@@ -47,7 +47,9 @@ def print_table1(result: Mapping[str, Any]) -> None:
         console.print(table)
     for name, reason in result["not_evaluated"].items():
         console.print(Text(one_line(f"{name}: not evaluated, {reason}")))
-    console.print("Scores times 100, with 95 % intervals over scenes; of n/a, the results have the reason.")
+    console.print(
+        "Scores times 100, with 95 % intervals over scenes; of n/a, the results have the reason.", markup=False
+    )
 
 
 def print_causality(result: Mapping[str, Any]) -> None:
@@ -85,7 +87,7 @@ def print_cues(result: Mapping[str, Any]) -> None:
         shares = [_measure(measures["iou"][name]) for name in ("truth", "cue", "neither")]
         table.add_row(Text(one_line(labels[row])), str(measures["iou"]["scored"]), *map(Text, shares))
     console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else WIDTH)
-    console.print("answers that follow the 2D cue of this shifted split (IoU)")
+    console.print("answers that follow the 2D cue of this shifted split (IoU)", markup=False)
     console.print(table)
 
 

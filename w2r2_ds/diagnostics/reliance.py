@@ -29,7 +29,7 @@ from w2r2_ds.evaluation.protocols.records import AnswerRecord
 from w2r2_ds.evaluation.resumable import read_records
 from w2r2_ds.evaluation.runner import evaluate
 from w2r2_ds.evaluation.scoring import are_annotated, choose_protocols, read_boxes
-from w2r2_ds.models.build import geometry_spec
+from w2r2_ds.models.geometry.encoder import geometry_spec
 from w2r2_ds.models.w2r2 import W2R2
 from w2r2_ds.types.sample import Sample
 from w2r2_ds.utils.distributed import RankInfo

@@ -132,9 +132,9 @@ def evaluate(
         logger.info("reusing %s", predictions)
         return {} if ranks.rank else read_json_object(score_file)
     check_frames(samples, ranks.rank, ranks.world_size)
-    check_depth(samples, config.model.geometry, ranks.rank, ranks.world_size)
     with evaluation_lock(out, name, ranks):
         frontend = with_cache(load_frontend(config.model), config)
+        check_depth(samples, config.model.geometry.name, frontend.geometry, ranks.rank, ranks.world_size)
         check_sample_texts(
             samples, make_processor(frontend, config.data), ranks.rank, ranks.world_size, with_answer=False
         )

@@ -62,7 +62,7 @@ class AnswerValidation:
                 f"first is {hidden[0]!r}; validate on another split, or set train.eval_every to 0."
             )
         check_frames(self.samples, rank, world_size)
-        check_depth(self.samples, config.model.geometry, rank, world_size)
+        check_depth(self.samples, config.model.geometry.name, frontend.geometry, rank, world_size)
         check_sample_texts(self.samples, make_processor(frontend, config.data), rank, world_size, with_answer=False)
         self.max_new_tokens, self.tokenizer, self.device = config.train.eval_max_new_tokens, frontend.tokenizer, device
         self.about = f"{len(self.samples)} samples {samples_sha256(self.samples)}, {self.max_new_tokens} tokens"

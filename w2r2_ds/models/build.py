@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from w2r2_ds.config.schema import GeometryConfig, ModelConfig
+from w2r2_ds.config.schema import ModelConfig
 from w2r2_ds.features.key import encoder_identity
 from w2r2_ds.features.lookup import FeatureCache
 from w2r2_ds.kernels.bind import bind_kernels
@@ -22,7 +22,7 @@ from w2r2_ds.kernels.select import resolve_attention, resolve_dtype
 from w2r2_ds.models.attention.causal_sdpa import use_causal_sdpa
 from w2r2_ds.models.family import VlmFamily, find_family
 from w2r2_ds.models.fusion import make_fusion
-from w2r2_ds.models.geometry.encoder import GEOMETRY_ENCODERS, GeometryEncoder
+from w2r2_ds.models.geometry.encoder import GEOMETRY_ENCODERS, GeometryEncoder, geometry_spec
 from w2r2_ds.models.lora import add_lora
 from w2r2_ds.models.merger import GeometryMerger
 from w2r2_ds.models.merger_io import load_merger
@@ -135,21 +135,6 @@ def load_geometry(config: ModelConfig, device: torch.device) -> GeometryEncoder:
     loaded = GEOMETRY_ENCODERS.find(config.geometry.name).load(config.geometry, resolve_dtype(config.dtype), device)
     loaded.spec = spec
     return loaded
-
-
-def geometry_spec(config: GeometryConfig) -> GeometrySpec:
-    """Sizes and input of the encoder of `model.geometry`.
-
-    Raises:
-        ValueError: as `load_geometry`, or the encoder does not support the reference frame.
-    """
-    encoder = GEOMETRY_ENCODERS.find(config.name)
-    if config.reference_frame not in encoder.reference_frames:
-        raise ValueError(
-            f"model.geometry.reference_frame is {config.reference_frame}, which {config.name} does not support; it is "
-            f"one of {', '.join(encoder.reference_frames)}."
-        )
-    return encoder.read_spec(config)
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:

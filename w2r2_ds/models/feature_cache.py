@@ -10,9 +10,8 @@ from w2r2_ds.features.key import encoder_identity
 from w2r2_ds.features.lookup import FeatureCache
 from w2r2_ds.features.store import FeatureStore
 from w2r2_ds.kernels.select import resolve_dtype, segment_attention
-from w2r2_ds.models.build import geometry_spec
 from w2r2_ds.models.family import find_family
-from w2r2_ds.models.geometry.encoder import GEOMETRY_ENCODERS
+from w2r2_ds.models.geometry.encoder import GEOMETRY_ENCODERS, geometry_spec
 from w2r2_ds.models.weights.loading import load_model_config, load_vision_spec
 from w2r2_ds.models.weights.weights_hash import model_weights, tensors_digest
 from w2r2_ds.utils.files.output_folder import make_folder

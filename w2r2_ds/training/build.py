@@ -207,7 +207,7 @@ def check_inputs(
     logger.info("training samples: %d, %d in an epoch", len(samples), samples.epoch_size)
     # Each rank checks a part of the samples; an error of one rank is raised on all (`raise_on_all_ranks`).
     check_frames(samples, rank, world_size)
-    check_depth(samples, config.model.geometry, rank, world_size)
+    check_depth(samples, config.model.geometry.name, frontend.geometry, rank, world_size)
     check_sample_texts(samples, processor, rank, world_size)
     check_augmentation(config.data.geometry_augmentation, frontend.geometry, samples)
     if rank == 0:

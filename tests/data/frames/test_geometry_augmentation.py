@@ -25,7 +25,7 @@ from w2r2_ds.data.tasks.parsing import parse_objects
 from w2r2_ds.data.tasks.scan2cap import question_text
 from w2r2_ds.data.tasks.scanrefer import world_answer_text
 from w2r2_ds.demo.synthetic.write import Written
-from w2r2_ds.models.build import geometry_spec
+from w2r2_ds.models.geometry.encoder import geometry_spec
 from w2r2_ds.models.geometry.point_transforms import world_change
 from w2r2_ds.types.sample import LabeledBox, Sample, Target
 

@@ -19,10 +19,10 @@ from w2r2_ds.data.answer_tokens import token_tables
 from w2r2_ds.data.dataset import load_mixture
 from w2r2_ds.data.loader import make_collate, make_processor
 from w2r2_ds.data.prepare.features import fill_cache
-from w2r2_ds.models.build import VlmFrontend, build_model, fingerprint, geometry_spec, load_frontend
+from w2r2_ds.models.build import VlmFrontend, build_model, fingerprint, load_frontend
 from w2r2_ds.models.feature_cache import geometry_identity, open_cache
 from w2r2_ds.models.frame_pixels import unit_range
-from w2r2_ds.models.geometry.encoder import GEOMETRY_ENCODERS, register_geometry_encoder
+from w2r2_ds.models.geometry.encoder import GEOMETRY_ENCODERS, geometry_spec, register_geometry_encoder
 from w2r2_ds.objective.scorer import Scorer
 from w2r2_ds.training.checkpoint.compat import check_fingerprint
 from w2r2_ds.training.step import W2R2Step

@@ -12,8 +12,9 @@ import torch
 
 from host_sync import host_constants, host_reads
 from w2r2_ds.config.schema import GeometryConfig, ModelConfig
-from w2r2_ds.models.build import fingerprint, geometry_spec, load_geometry
+from w2r2_ds.models.build import fingerprint, load_geometry
 from w2r2_ds.models.feature_cache import open_cache
+from w2r2_ds.models.geometry.encoder import geometry_spec
 from w2r2_ds.models.geometry.point_map import CHANNELS, WAVELENGTHS, PointMapEncoder
 
 

@@ -26,9 +26,10 @@ from w2r2_ds.data.visual_inputs import VisualInputs, VisualPreprocessor
 from w2r2_ds.features.lookup import FeatureCache, flush_writes
 from w2r2_ds.features.store import FeatureStore, file_size, gib
 from w2r2_ds.kernels.select import describe_attention, resolve_attention, resolve_dtype
-from w2r2_ds.models.build import geometry_spec, load_geometry
+from w2r2_ds.models.build import load_geometry
 from w2r2_ds.models.family import find_family
 from w2r2_ds.models.feature_cache import open_cache
+from w2r2_ds.models.geometry.encoder import geometry_spec
 from w2r2_ds.models.weights.loading import load_model_config, load_vision_spec, load_vlm
 from w2r2_ds.types.batch import to_device
 from w2r2_ds.types.geometry import GeometrySpec

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ from w2r2_ds.utils.files.json_io import read_json
 if TYPE_CHECKING:
     from w2r2_ds.data.shared_memory import FeatureSizes
     from w2r2_ds.types.geometry import GeometrySpec
+    from w2r2_ds.types.sample import Sample
 
 SAMPLES_CHECKED = 8
 """Maximum number of samples per data set, evenly spaced, whose first frame is checked; training checks all frames."""
@@ -26,7 +28,6 @@ def check_data(run: RunConfig, ranks: int) -> CheckResult:
 
     from w2r2_ds.data.prepared_set import MANIFEST, PreparedSet
     from w2r2_ds.data.shared_memory import sample_bytes
-    from w2r2_ds.data.validate import check_depth
 
     result = CheckResult()
     config, features, geometry = run.data, cached_sizes(run), known_spec(run.model.geometry)
@@ -48,7 +49,7 @@ def check_data(run: RunConfig, ranks: int) -> CheckResult:
                 continue
             largest = max([largest, *(sample_bytes(sample.frames, config, features, geometry) for sample in samples)])
             if geometry is not None and geometry.point_maps is not None:
-                check_depth([replace(sample, frames=sample.frames[:1]) for sample in samples], run.model.geometry)
+                check_first_depth(samples, run.model.geometry.name, geometry)
         except ValueError as error:  # the set or a frame cannot be read
             result.errors.append(str(error))
     # Samples that share their frames share the inputs of the encoders too.
@@ -56,9 +57,16 @@ def check_data(run: RunConfig, ranks: int) -> CheckResult:
     return result
 
 
+def check_first_depth(samples: Sequence[Sample], name: str, geometry: GeometrySpec) -> None:
+    """Check depth and pose of the first frame of every sample; raises ValueError."""
+    from w2r2_ds.data.validate import check_depth
+
+    check_depth([replace(sample, frames=sample.frames[:1]) for sample in samples], name, geometry)
+
+
 def known_spec(config: GeometryConfig) -> GeometrySpec | None:
     """Sizes and input of the geometry encoder from its configuration; None if they are unknown."""
-    from w2r2_ds.models.build import geometry_spec
+    from w2r2_ds.models.geometry.encoder import geometry_spec
 
     if config.path and not Path(config.path).is_dir():  # a hub id would be downloaded
         return None

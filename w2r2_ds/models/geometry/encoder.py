@@ -96,3 +96,18 @@ GEOMETRY_ENCODERS: Registry[type[GeometryEncoder]] = Registry("model.geometry.na
 def register_geometry_encoder(encoder: type[GeometryEncoder]) -> type[GeometryEncoder]:
     """Class decorator: register an encoder under its `name`; raises ValueError if another encoder has it."""
     return GEOMETRY_ENCODERS.register(encoder.name, encoder)
+
+
+def geometry_spec(config: GeometryConfig) -> GeometrySpec:
+    """Sizes and input of the encoder of `model.geometry`.
+
+    Raises:
+        ValueError: the encoder does not exist or lacks files, or does not support the reference frame.
+    """
+    encoder = GEOMETRY_ENCODERS.find(config.name)
+    if config.reference_frame not in encoder.reference_frames:
+        raise ValueError(
+            f"model.geometry.reference_frame is {config.reference_frame}, which {config.name} does not support; it is "
+            f"one of {', '.join(encoder.reference_frames)}."
+        )
+    return encoder.read_spec(config)
