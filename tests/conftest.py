@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -20,6 +21,8 @@ from runs import World, make_world, train_once, world_folder
 from shared_fixtures import once, shared_base
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# A script's shell ignores SIGINT in background commands, and the processes that tests start would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # Hypothesis: the same examples in every run, and no time limit per example, because the machine may be busy.
 settings.register_profile("suite", derandomize=True, deadline=None, database=None)
 settings.load_profile("suite")
