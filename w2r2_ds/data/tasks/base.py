@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import numpy as np
 
@@ -19,10 +19,12 @@ from w2r2_ds.data.frames.selection import FrameOptions, FrameSampling
 from w2r2_ds.data.sources.embodiedscan import ScanInfo
 from w2r2_ds.data.sources.frames import SceneParts
 from w2r2_ds.data.sources.scannet import Scene
-from w2r2_ds.models.geometry.point_transforms import Similarity
 from w2r2_ds.types.sample import BoxFormat, Kind, Sample
 from w2r2_ds.utils.findings import Finding
 from w2r2_ds.utils.registry import Registry
+
+if TYPE_CHECKING:  # it imports torch
+    from w2r2_ds.models.geometry.point_transforms import Similarity
 
 # Reasons of skipped items, explained in docs/reference/data-formats.md
 NO_INSTANCE_MATCH = "no_instance_match"

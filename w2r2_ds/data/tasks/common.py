@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -33,9 +33,11 @@ from w2r2_ds.data.tasks.base import (
     TaskOptions,
     by_scene,
 )
-from w2r2_ds.models.geometry.point_transforms import Similarity
 from w2r2_ds.types.sample import Sample, Target
 from w2r2_ds.utils.findings import Finding
+
+if TYPE_CHECKING:  # it imports torch
+    from w2r2_ds.models.geometry.point_transforms import Similarity
 
 SCANNET_ACCESS = "ScanNet: sign its terms of use (http://www.scan-net.org), then use its download script"
 SCANREFER_ACCESS = "ScanRefer: fill in its form (https://github.com/daveredrum/ScanRefer)"

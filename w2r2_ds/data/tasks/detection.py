@@ -15,7 +15,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -44,8 +44,10 @@ from w2r2_ds.data.tasks.common import (
     rounded_box,
 )
 from w2r2_ds.data.tasks.parsing import parse_objects
-from w2r2_ds.models.geometry.point_transforms import Similarity
 from w2r2_ds.types.sample import BoxFormat, LabeledBox, Sample
+
+if TYPE_CHECKING:  # it imports torch
+    from w2r2_ds.models.geometry.point_transforms import Similarity
 
 QUESTION = (
     "\nDetect the 3D bounding boxes in the camera coordinate system of the first frame.\n"

@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -54,8 +54,10 @@ from w2r2_ds.data.tasks.common import (
     rounded,
     target_of,
 )
-from w2r2_ds.models.geometry.point_transforms import Similarity
 from w2r2_ds.types.sample import Kind, Reference, Sample
+
+if TYPE_CHECKING:  # it imports torch
+    from w2r2_ds.models.geometry.point_transforms import Similarity
 
 QUESTION = "\nCarefully watch the video and describe the object located at {place} in detail."
 """VG-LLM's prompt; the line break separates it from the frames."""

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from w2r2_ds.data.frames.selection import select_frames
 from w2r2_ds.data.sources.annotations import Question, read_scanqa
 from w2r2_ds.data.sources.scannet import Scene
 from w2r2_ds.data.tasks.base import InputFile, Job, PreparedItems, Task, TaskOptions, is_validation, register_task
 from w2r2_ds.data.tasks.common import SCANQA_ACCESS, frame_fields, move_sample
-from w2r2_ds.models.geometry.point_transforms import Similarity
 from w2r2_ds.types.sample import Reference, Sample
+
+if TYPE_CHECKING:  # it imports torch
+    from w2r2_ds.models.geometry.point_transforms import Similarity
 
 QUESTION = "{question} Answer the question simply."
 

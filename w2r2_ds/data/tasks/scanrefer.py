@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -55,8 +55,10 @@ from w2r2_ds.data.tasks.common import (
     world_box,
 )
 from w2r2_ds.data.tasks.parsing import Grounding, WorldGrounding, parse_grounding, parse_world_box
-from w2r2_ds.models.geometry.point_transforms import Similarity
 from w2r2_ds.types.sample import BoxFormat, Kind, Sample
+
+if TYPE_CHECKING:  # it imports torch
+    from w2r2_ds.models.geometry.point_transforms import Similarity
 
 QUESTION = (
     "Localize the first clear frame in the video showing the object described in the text.\n"
