@@ -110,6 +110,12 @@ def test_answers_without_box_are_not_compared() -> None:
     assert measures["numbers"]["x"]["slope"]["value"] is None
 
 
+def test_without_any_box_nothing_is_compared() -> None:
+    nothing = np.full((60, 9), np.nan)
+    measures = measure_causality(Answers(SCENES, nothing, nothing, nothing), 100)
+    assert (measures["rows"], measures["compared"], measures["unchanged"]) == (60, 0, None)
+
+
 def test_numbers_that_the_answers_lack_are_skipped() -> None:
     """World boxes have six numbers."""
     exact = answers_of(reads_geometry)

@@ -64,7 +64,8 @@ def measure_causality(answers: Answers, resamples: int = 2000, seed: int = 0) ->
     """
     x, y = _change(answers.expected, answers.before), _change(answers.after, answers.before)
     used = ~np.isnan(x).all(axis=0)  # [9], the numbers that the answers have
-    compared = ~np.isnan(y[:, used]).any(axis=1)
+    # Without any box before the change there is nothing to compare.
+    compared = ~np.isnan(y[:, used]).any(axis=1) & used.any()
     unchanged = (y[compared][:, used] == 0).all(axis=1)
     numbers: dict[str, dict[str, Any]] = {}
     for index in np.flatnonzero(used):

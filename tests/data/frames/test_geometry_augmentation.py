@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -162,6 +163,18 @@ def test_ranges_and_probability(samples: list[Any]) -> None:
         (a.scale, a.shift.tolist()) == (b.scale, b.shift.tolist()) for a, b in zip(drawn, kept, strict=True) if a and b
     ]
     assert all(same), "the probability does not change the other draws"
+
+
+def test_an_answer_that_cannot_be_changed_names_its_sample(
+    samples: list[Any], points_frontend: Any, data_config: Any
+) -> None:
+    """The label's frame does not exist."""
+    broken = replace(samples[0], answer=samples[0].answer.replace('"frame": ', '"frame": 9'))
+    dataset = AugmentedDataset(
+        [broken], make_processor(points_frontend, data_config()), GeometryAugmentation(ALL, "world", seed=3)
+    )
+    with pytest.raises(ValueError, match=re.escape(broken.id)):
+        dataset[0, 0]
 
 
 def test_questions_of_a_scene_group_share_the_change(

@@ -110,7 +110,10 @@ class AugmentedDataset(ImportsPlugins, Dataset[Features]):
         change = self.augmentation.draw(sample, number)
         if change is None:
             return self.processor(sample, True)
-        changed = TASKS.find(sample.task).change_world(sample, change)
+        try:
+            changed = TASKS.find(sample.task).change_world(sample, change)
+        except ValueError as error:
+            raise ValueError(f"Sample {sample.id} of {sample.task}: {error}") from error
         return self.augmentation.apply(self.processor(changed, True), sample.cam_to_world, change, number)
 
 
