@@ -11,13 +11,12 @@ import numpy as np
 
 from w2r2_ds.diagnostics.ablation.results import SampleScores, sample_scores
 from w2r2_ds.diagnostics.ablation.statistics import Comparison, paired_bootstrap
+from w2r2_ds.diagnostics.bootstrap import MIN_SCENES
 from w2r2_ds.evaluation.scoring import headline
 from w2r2_ds.report.collect import Evaluation, EvaluationGroup
 
 GEOMETRY_NAMES = {"fused": "2D + 3D", "zero": "2D only", "shuffle": "shuffled geometry"}
 """Geometry of an evaluation -> label, in the order of the columns."""
-MIN_SCENES = 5
-"""Fewest scenes of an interval; with fewer, the resamples are too few different sets of scenes."""
 
 
 @dataclass(frozen=True)

@@ -80,9 +80,9 @@ def test_lowered_cameras_are_above_furniture() -> None:
     for seed in range(4):
         for layout in (Layout(camera_drop=drop), Layout()):
             room = make_room(np.random.default_rng([seed, 7]), 16, layout)
-            eyes = room.cameras[:, :3, 3] - (0.0, 0.0, drop)
+            centers = room.cameras[:, :3, 3] - (0.0, 0.0, drop)
             for o in room.objects:
-                inside = (np.abs(eyes - o.box[:3]) < o.box[3:] / 2).all(axis=1).any()
+                inside = (np.abs(centers - o.box[:3]) < o.box[3:] / 2).all(axis=1).any()
                 assert not (inside and layout.camera_drop)
                 below += bool(inside)
     assert below  # without the option, lowered cameras are inside furniture
