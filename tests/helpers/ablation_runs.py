@@ -20,7 +20,7 @@ from w2r2_ds.utils.files import atomic_io
 
 STEPS = 2
 FUSED = {"fused": {"geometry": "fused"}}
-SCENES = ("scene0011_00", "scene0011_01", "scene0015_00")
+SCENES = ("scene0011_00", "scene0011_01", "scene0015_00", "scene0025_00", "scene0030_00")
 PROTOCOL = "scanrefer/vgllm-direct"
 
 
@@ -43,12 +43,17 @@ def write_checkpoint(run: Path, step: int = STEPS) -> Path:
     return folder
 
 
+def scene_of(index: int) -> str:
+    """Scene of a sample: the first two samples share one."""
+    return SCENES[max(0, index - 1)]
+
+
 def write_scores(folder: Path, hits: Sequence[bool]) -> None:
-    """Write predictions and scores of ScanRefer samples, two per scene; a hit has IoU 1, another answer IoU 0."""
+    """Write predictions and scores of ScanRefer samples, the first two of one scene; a hit has IoU 1, others 0."""
     folder.mkdir(parents=True, exist_ok=True)
     records = []
     for index, hit in enumerate(hits):
-        sample = grounding(ann=str(index), scene=SCENES[index // 2])
+        sample = grounding(ann=str(index), scene=scene_of(index))
         box = None if hit else beside(9.0)
         records.append(record_of(sample, camera_answer(sample, box=box, decimals=9)))
     write_records(folder / "predictions-scanrefer-fused.jsonl", records)

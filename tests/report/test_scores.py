@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from w2r2_ds.diagnostics.ablation.results import SampleScores
-from w2r2_ds.diagnostics.ablation.statistics import paired_bootstrap
+from w2r2_ds.diagnostics.bootstrap import Ratio, SceneBootstrap
 from w2r2_ds.report.collect import read_run
 from w2r2_ds.report.scores import MIN_SCENES, Cell, diagnosis_tables, difference_cell, score_cell, score_table
 
@@ -34,10 +34,11 @@ def test_scores_of_both_geometries_and_their_difference(finished_run: Path) -> N
 
 def test_intervals_are_bootstraps_over_scenes() -> None:
     left, right = scores([1, 0, 1, 1, 1, 0, 1], "aabcdef"), scores([0, 0, 1, 0, 1, 0, 0], "aabcdef")
-    found = paired_bootstrap((left.values - right.values)[None], left.scenes)
+    bootstrap, ones = SceneBootstrap(left.scenes), np.ones(7)
+    found = bootstrap.difference(Ratio(left.values, ones), Ratio(right.values, ones))
     cell = difference_cell((5 / 7, left), (2 / 7, right))
     assert cell == Cell("+42.9", f"[{100 * found.low:+.1f}, {100 * found.high:+.1f}]")
-    own = paired_bootstrap(left.values[None], left.scenes)
+    own = bootstrap.score(Ratio(left.values, ones))
     assert score_cell(5 / 7, left) == Cell("71.4", f"[{100 * own.low:.1f}, {100 * own.high:.1f}]")
     few = scores([1.0] * (MIN_SCENES - 1), "abcd")
     assert score_cell(1.0, few) == Cell("100.0") and score_cell(None, few) == Cell("")

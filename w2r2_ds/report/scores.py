@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 
 from w2r2_ds.diagnostics.ablation.results import SampleScores, sample_scores
-from w2r2_ds.diagnostics.ablation.statistics import Comparison, paired_bootstrap
-from w2r2_ds.diagnostics.bootstrap import MIN_SCENES
+from w2r2_ds.diagnostics.bootstrap import MIN_SCENES, Ratio, SceneBootstrap
 from w2r2_ds.evaluation.scoring import headline
 from w2r2_ds.report.collect import Evaluation, EvaluationGroup
 
@@ -109,9 +108,9 @@ def difference_cell(
 
 
 def _interval(values: np.ndarray, scenes: Sequence[str], signed: bool = False) -> str:
-    if len(set(scenes)) < MIN_SCENES:
+    found = SceneBootstrap(scenes).score(Ratio(values, np.ones(len(values))))
+    if found.low is None or found.high is None:
         return ""
-    found: Comparison = paired_bootstrap(values[None], scenes)
     sign = "+" if signed else ""
     return f"[{100 * found.low:{sign}.1f}, {100 * found.high:{sign}.1f}]"
 

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ablation_runs import PROTOCOL, SCENES, differences, finish, make_plan
+from ablation_runs import PROTOCOL, differences, finish, make_plan, scene_of
 from w2r2_ds.diagnostics.ablation.comparison import compare
 from w2r2_ds.diagnostics.ablation.output import print_results, write_plots, write_results
 from w2r2_ds.diagnostics.ablation.plan import Plan
 from w2r2_ds.diagnostics.ablation.results import read_results
-from w2r2_ds.diagnostics.ablation.statistics import holm, paired_bootstrap, paired_t
+from w2r2_ds.diagnostics.ablation.statistics import SCENES, SEEDS, holm, over_seeds, over_seeds_and_scenes, untested
 from w2r2_ds.evaluation.protocols.registry import PROTOCOLS, ItemTerms, find_protocol
 
 METRIC = f"fused {PROTOCOL} acc@0.25"
@@ -25,7 +25,7 @@ HITS = {
     BASE: [[True, False, False, False, True, False], [False, False, True, False, False, False]],
     BETTER: [[True, True, True, False, True, True], [True, True, True, True, False, True]],
 }
-IN_SCENES = [SCENES[index // 2] for index in range(6)]
+IN_SCENES = [scene_of(index) for index in range(6)]
 
 
 class Links(HTMLParser):
@@ -69,7 +69,7 @@ def test_a_metric_that_is_no_mean_has_no_scores_per_sample(plan: Plan, monkeypat
     monkeypatch.setitem(PROTOCOLS, PROTOCOL, replace(protocol, item_terms=None))
     assert read_results(plan)[BASE][0][METRIC].samples is None
     row = next(row for row in compare(read_results(plan), BASE) if (row.arm, row.metric) == (BETTER, METRIC))
-    assert row.difference is not None and row.difference.method == "t"
+    assert row.difference is not None and row.difference.method == SEEDS
 
 
 def test_a_ratio_is_no_mean(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,20 +102,24 @@ def test_arms_are_compared_with_the_baseline(plan: Plan) -> None:
     assert base.difference is None and base.p_holm is None
     assert better.by_seed == pytest.approx({0: 5 / 6, 1: 5 / 6}) and base.by_seed == pytest.approx({0: 1 / 3, 1: 1 / 6})
     assert base.mean == pytest.approx(1 / 4) and base.deviation == pytest.approx(np.std([1 / 3, 1 / 6], ddof=1))
-    assert better.difference == paired_bootstrap(differences(HITS[BETTER], HITS[BASE]), IN_SCENES)
-    expected = paired_t([1 / 2, 2 / 3])
-    assert better.over_seeds is not None and expected is not None
+    assert better.difference == over_seeds_and_scenes(differences(HITS[BETTER], HITS[BASE]), IN_SCENES)
+    expected = over_seeds([1 / 2, 2 / 3])
+    assert better.difference is not None and better.over_seeds is not None and expected is not None
     assert better.over_seeds.low == pytest.approx(expected.low)
 
 
 def test_p_is_corrected_for_all_metrics_and_arms(plan: Plan) -> None:
-    finish(plan, {"lambda_det=2": [HITS[BASE][0]]})
-    compared = [row for row in compare(read_results(plan), BASE) if row.difference is not None]
-    assert len(compared) == 2 * len({row.metric for row in compared}) >= 4
-    assert [row.p_holm for row in compared] == holm([row.difference.p for row in compared if row.difference])
-    only_common = next(row for row in compared if row.arm == "lambda_det=2" and row.metric == METRIC)
-    assert only_common.difference is not None and only_common.difference.seeds == 1
-    assert only_common.over_seeds is None and only_common.difference.p == 1.0
+    """An arm with one seed is compared, but not tested, and does not count for the correction."""
+    finish(make_plan(plan.out, [{"objective.lambda_det": [3]}], [0, 1]), {"lambda_det=3": HITS[BASE][::-1]})
+    wider = make_plan(plan.out, [{"objective.lambda_det": [0, 1, 2, 3]}], [0, 1, 2])
+    finish(wider, {"lambda_det=2": [HITS[BASE][0]]})
+    compared = [row for row in compare(read_results(wider), BASE) if row.difference is not None]
+    tested = [row for row in compared if row.difference is not None and row.difference.p is not None]
+    assert {row.arm for row in tested} == {BETTER, "lambda_det=3"} and len(tested) >= 4
+    assert [row.p_holm for row in tested] == holm([row.difference.p for row in tested if row.difference])  # type: ignore[misc]
+    single = next(row for row in compared if row.arm == "lambda_det=2" and row.metric == METRIC)
+    assert single.difference == untested(np.zeros((1, 6)), IN_SCENES) and single.difference.method == SCENES
+    assert single.over_seeds is None and single.p_holm is None
 
 
 def test_runs_on_different_samples_are_not_compared(plan: Plan) -> None:
@@ -129,11 +133,11 @@ def test_files_and_table(plan: Plan, capsys: pytest.CaptureFixture[str]) -> None
     content = json.loads(write_results(plan, rows, ["a failure"], 0.95).read_text())
     assert content["baseline"] == BASE and content["failures"] == ["a failure"]
     assert content["unfinished"] == [run.name for run in plan.runs if not plan.is_finished(run)]
-    assert content["comparisons"] == sum(row.difference is not None for row in rows)
+    assert content["comparisons"] == sum(row.p_holm is not None for row in rows) > 0
     arms = {arm["name"]: arm for arm in content["arms"]}
     assert arms[BETTER]["options"] == {"objective.lambda_det": 1} and arms["lambda_det=2"]["metrics"] == {}
     metric = arms[BETTER]["metrics"][METRIC]
-    assert metric["by_seed"] == pytest.approx({"0": 5 / 6, "1": 5 / 6}) and metric["difference"]["scenes"] == 3
+    assert metric["by_seed"] == pytest.approx({"0": 5 / 6, "1": 5 / 6}) and metric["difference"]["scenes"] == 5
     print_results(rows, BASE, 0.95)
     printed = capsys.readouterr().out
     assert "83.3 ± 0.0" in printed and "+58.3 [" in printed and "25.0 ± 11.8" in printed

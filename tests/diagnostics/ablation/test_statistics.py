@@ -1,42 +1,47 @@
-"""Statistics of ablations against scipy, hand-computed values and exact enumeration."""
+"""Statistics of ablations against scipy, hand-computed values and simulated ablations without a difference."""
 
 from __future__ import annotations
-
-import itertools
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from w2r2_ds.diagnostics.ablation.statistics import holm, paired_bootstrap, paired_t
+from w2r2_ds.diagnostics.ablation.statistics import (
+    NONE,
+    SCENES,
+    SEEDS,
+    SEEDS_AND_SCENES,
+    holm,
+    over_seeds,
+    over_seeds_and_scenes,
+    untested,
+)
+from w2r2_ds.diagnostics.bootstrap import Ratio, SceneBootstrap
 
 
-def test_paired_t_equals_scipy() -> None:
+def test_t_over_seeds_equals_scipy() -> None:
     generator = np.random.default_rng(3)
     arm, base = generator.normal(0.3, 1, 6), generator.normal(size=6)
-    found = paired_t(list(arm - base), 0.9)
+    found = over_seeds(list(arm - base), 0.9)
     expected = stats.ttest_rel(arm, base)
     interval = expected.confidence_interval(0.9)
-    assert found is not None and (found.method, found.seeds) == ("t", 6)
+    assert found is not None and (found.method, found.seeds) == (SEEDS, 6)
     # Both are float64 with the same formula.
     np.testing.assert_allclose([found.p, found.low, found.high], [expected.pvalue, interval.low, interval.high], 1e-12)
     assert found.mean == pytest.approx((arm - base).mean(), rel=1e-12)
 
 
-def test_paired_t_by_hand() -> None:
+def test_t_over_seeds_by_hand() -> None:
     """Differences 1, 2, 4: mean 7/3, variance 7/3, error sqrt(7)/3; t(0.975, 2) = 4.302653."""
-    found = paired_t([1, 2, 4])
-    assert found is not None
+    found = over_seeds([1, 2, 4])
+    assert found is not None and found.high is not None
     assert found.high - found.mean == pytest.approx(4.302652729911275 * np.sqrt(7) / 3, rel=1e-9)
     # Survival of t with two degrees of freedom at x: 1/2 - x / (2 sqrt(2 + x^2)); x = (7/3) / (sqrt(7)/3) = sqrt(7).
     assert found.p == pytest.approx(1 - np.sqrt(7) / 3, rel=1e-9)
 
 
-def test_paired_t_of_few_or_equal_differences() -> None:
-    assert paired_t([0.5]) is None and paired_t([]) is None
-    zero, half = paired_t([0.0, 0.0, 0.0]), paired_t([0.5, 0.5])
-    assert zero is not None and (zero.low, zero.high, zero.p) == (0.0, 0.0, 1.0)
-    assert half is not None and (half.low, half.high, half.p) == (0.5, 0.5, 0.0)
+def test_t_of_few_differences() -> None:
+    assert over_seeds([0.5]) is None and over_seeds([]) is None
 
 
 def test_holm_by_hand() -> None:
@@ -55,56 +60,93 @@ def test_holm_rejects_at_most_as_much_as_without_correction() -> None:
     assert ordered == sorted(ordered) and ordered[0] == min(1.0, 20 * min(p_values))
 
 
-def test_bootstrap_of_one_seed_and_one_sample_per_scene_equals_scipy() -> None:
+def test_the_error_over_seeds_and_scenes_by_hand() -> None:
+    """Two seeds with means 2 and 4; five scenes with means 1 to 5, the first of two samples (weights 2, 1, 1, 1, 1)."""
+    scene_values = np.array([2, 2, 3, 4, 5, 2.0])
+    scenes = ["a", "a", "b", "c", "d", "e"]
+    differences = np.stack([scene_values - 1, scene_values + 1])
+    found = over_seeds_and_scenes(differences, scenes)
+    assert found is not None
+    mean = 3.0
+    # Seeds: means 2 and 4, standard deviation sqrt(2), error 1. Scenes: sums of deviations -2, 0, 1, 2, -1.
+    seed_error, scene_error = 1.0, np.sqrt(5 / 4 * (4 + 0 + 1 + 4 + 1)) / 6
+    variance = seed_error**2 + scene_error**2
+    freedom = variance**2 / (seed_error**4 / 1 + scene_error**4 / 4)
+    half = stats.t.ppf(0.975, freedom) * np.sqrt(variance)
+    expected = [mean - half, mean + half, 2 * stats.t.sf(mean / np.sqrt(variance), freedom)]
+    # The same formula in float64.
+    np.testing.assert_allclose([found.low, found.high, found.p], expected, rtol=1e-12)
+    assert (found.mean, found.method, found.seeds, found.scenes, found.samples) == (3.0, SEEDS_AND_SCENES, 2, 5, 6)
+
+
+def test_trainings_without_spread_leave_a_t_test_over_scenes() -> None:
     values = np.random.default_rng(5).normal(0.2, 1, 40)
-    found = paired_bootstrap(values[None], list(range(40)), samples=20_000)
-    expected = stats.bootstrap(
-        (values,), np.mean, n_resamples=20_000, method="percentile", rng=np.random.default_rng(1)
-    ).confidence_interval
-    # A quantile of 20,000 draws has a standard error of about 0.02 deviations of the mean, here 0.16 * 0.02 = 0.003.
-    np.testing.assert_allclose([found.low, found.high], [expected.low, expected.high], atol=0.015)
-    assert (found.scenes, found.samples, found.seeds, found.method) == (40, 40, 1, "bootstrap")
+    found = over_seeds_and_scenes(np.stack([values, values, values]), list(map(str, range(40))), 0.9)
+    expected = stats.ttest_1samp(values, 0.0)
+    interval = expected.confidence_interval(0.9)
+    assert found is not None
+    np.testing.assert_allclose([found.p, found.low, found.high], [expected.pvalue, interval.low, interval.high], 1e-9)
 
 
-def test_bootstrap_by_enumeration() -> None:
-    """All draws of two seeds and three scenes of different sizes, with their probabilities."""
-    differences = np.array([[1.0, 0, 0, -1, 1, 1], [0, 1, 0, 0, -1, 1]])
-    scenes = ["a", "a", "a", "b", "b", "c"]
-    members = {name: [i for i, scene in enumerate(scenes) if scene == name] for name in "abc"}
-    means = []
-    for seeds in itertools.product((0, 1), repeat=2):
-        for drawn in itertools.product("abc", repeat=3):
-            samples = [i for name in drawn for i in members[name]]
-            means.append(differences[np.ix_(seeds, samples)].mean())
-    found = paired_bootstrap(differences, scenes, samples=40_000)
-    exact = np.array(means)
-    low, high = np.quantile(exact, [0.025, 0.975], method="inverted_cdf")
-    assert found.low == pytest.approx(low, abs=1e-12) and found.high == pytest.approx(high, abs=1e-12)
-    p = 2 * min((exact <= 1e-12).mean(), (exact >= -1e-12).mean())
-    # Standard error of a share of 40,000 draws: at most 0.0025, twice that for p.
-    assert found.p == pytest.approx(p, abs=0.02)
-    assert found.mean == pytest.approx(differences.mean())
+NULLS = {"trainings": (0.05, 0.0, 0.2), "scenes": (0.0, 0.3, 0.2), "both": (0.03, 0.1, 0.2), "answers": (0, 0, 1)}
+"""Standard deviations of the differences of trainings, scenes and single answers, without a difference of the arms."""
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+@pytest.mark.parametrize("source", NULLS)
+def test_equal_arms_are_rejected_at_the_nominal_rate(seeds: int, source: str) -> None:
+    """Of 300 simulated ablations without a difference, p < 0.05 in 5 % where one source of variation is largest."""
+    generator = np.random.default_rng(seeds)
+    training, scene, answer = NULLS[source]
+    scenes = [str(index // 3) for index in range(60)]
+    rejected = 0
+    for _ in range(300):
+        differences = training * generator.normal(size=(seeds, 1)) + answer * generator.normal(size=(seeds, 60)) / 10
+        differences += scene * np.repeat(generator.normal(size=20), 3)
+        found = over_seeds_and_scenes(differences, scenes)
+        assert found is not None and found.p is not None
+        rejected += found.p < 0.05
+    # A count outside has a probability below 0.001 if the rate is 5 %.
+    low, high = stats.binom.ppf([0.0005, 0.9995], 300, 0.05)
+    assert rejected <= high
+    assert rejected >= low or source in ("both", "answers")  # two errors of one size: rejected less often
+
+
+def test_scenes_that_differ_are_not_taken_for_a_difference_of_the_arms() -> None:
+    """A test over seeds alone has p < 0.001 for the same differences."""
+    values = np.random.default_rng(1).normal(0, 1, 20)
+    differences = values + 0.001 * np.random.default_rng(2).normal(size=(5, 1))
+    both = over_seeds_and_scenes(differences, list(map(str, range(20))))
+    alone = over_seeds(differences.mean(axis=1).tolist())
+    assert both is not None and alone is not None and both.p is not None and alone.p is not None
+    assert alone.p < 0.001 and both.p > 0.05
 
 
 def test_questions_about_one_scene_are_not_independent() -> None:
-    """Equal questions in groups of ten: the interval is as wide as for one question per scene."""
-    scene_values = np.random.default_rng(0).normal(size=12)
-    single = paired_bootstrap(scene_values[None], list(range(12)))
-    repeated = paired_bootstrap(np.repeat(scene_values, 10)[None], np.repeat(np.arange(12), 10).tolist())
-    independent = paired_bootstrap(np.repeat(scene_values, 10)[None], list(range(120)))
-    assert (repeated.low, repeated.high) == pytest.approx((single.low, single.high))
-    assert independent.high - independent.low < 0.5 * (repeated.high - repeated.low)
+    """Equal questions in groups of ten: the interval is that of one question per scene."""
+    values = np.random.default_rng(0).normal(size=(3, 12))
+    single = over_seeds_and_scenes(values, list(map(str, range(12))))
+    repeated = over_seeds_and_scenes(np.repeat(values, 10, axis=1), [str(index // 10) for index in range(120)])
+    assert single is not None and repeated is not None
+    assert (repeated.low, repeated.high, repeated.p) == pytest.approx((single.low, single.high, single.p), rel=1e-9)
 
 
-def test_seeds_that_disagree_widen_the_interval() -> None:
-    values = np.random.default_rng(0).normal(0.5, 0.1, 60)
-    agree = paired_bootstrap(np.stack([values, values]), list(range(60)))
-    disagree = paired_bootstrap(np.stack([values - 1, values + 1]), list(range(60)))
-    assert agree.mean == pytest.approx(disagree.mean)
-    assert agree.p < 0.001 and disagree.p > 0.2
-    assert disagree.high - disagree.low > 10 * (agree.high - agree.low)
+def test_few_seeds_or_scenes_have_no_test() -> None:
+    values = np.random.default_rng(0).normal(size=(3, 8))
+    scenes = list("abcdefgh")
+    assert over_seeds_and_scenes(values[:1], scenes) is None
+    assert over_seeds_and_scenes(values, list("aabbccdd")) is None  # fewer than MIN_SCENES
+    one, few = untested(values[:1], scenes), untested(values[:1], list("aabbccdd"))
+    interval = SceneBootstrap(scenes).score(Ratio(values[0], np.ones(8)))
+    assert (one.method, one.low, one.high, one.p) == (SCENES, interval.low, interval.high, None)
+    assert (few.method, few.low, few.p, few.mean, few.scenes) == (NONE, None, None, one.mean, 4)
 
 
-def test_no_difference_has_p_1() -> None:
-    found = paired_bootstrap(np.zeros((3, 8)), list("aabbccdd"))
-    assert (found.low, found.high, found.p) == (0.0, 0.0, 1.0)
+def test_equal_differences_have_no_test_unless_they_are_zero() -> None:
+    """Two trainings may differ from the baseline by the same number of answers by chance: their spread is unknown."""
+    zero, half = over_seeds([0.0, 0.0, 0.0]), over_seeds([0.1 + 0.2, 0.3])
+    assert zero is not None and (zero.low, zero.high, zero.p) == (0.0, 0.0, 1.0)
+    assert half is None
+    none = over_seeds_and_scenes(np.zeros((3, 8)), list("abcdefgh"))
+    assert none is not None and (none.low, none.high, none.p) == (0.0, 0.0, 1.0)
+    assert over_seeds_and_scenes(np.ones((3, 8)), list("abcdefgh")) is None

@@ -75,7 +75,7 @@ def test_a_hanging_rank_ends_all_ranks(ended: Callable[[str], Ended]) -> None:
     assert all(MODULE in row for row in rows[top + 1 : top + 4])
     assert "all_reduce (distributed_c10d.py:" in rows[top + 1]
     assert "in sleep" in logs[1].split("rank 1 is here:")[1]
-    # Rank 2 prints its position; or, if rank 1 ended before it, the traceback of the collective that lost its connection.
+    # Rank 2 prints its position; or, if rank 1 ended first, the traceback of the collective that lost its connection.
     assert "in all_reduce" in logs[2]
 
 

@@ -9,7 +9,14 @@ from typing import Any
 import numpy as np
 
 from w2r2_ds.diagnostics.ablation.results import RunScores, Score
-from w2r2_ds.diagnostics.ablation.statistics import Comparison, holm, paired_bootstrap, paired_t
+from w2r2_ds.diagnostics.ablation.statistics import (
+    NONE,
+    Comparison,
+    holm,
+    over_seeds,
+    over_seeds_and_scenes,
+    untested,
+)
 
 
 @dataclass(frozen=True)
@@ -20,9 +27,9 @@ class Row:
         arm: name of the arm.
         metric: ``EVALUATION PROTOCOL METRIC``.
         by_seed: seed -> value.
-        difference: arm minus baseline; None for the baseline itself, and if nothing can be compared.
-        over_seeds: t interval of the same difference; None for fewer than two seeds.
-        p_holm: p of `difference`, adjusted for all comparisons of the table; None without one.
+        difference: arm minus baseline; None for the baseline itself, and if no seed is common.
+        over_seeds: the same difference on these samples, tested over seeds only; None if it cannot be.
+        p_holm: p of `difference`, adjusted for all comparisons of the table that have one.
     """
 
     arm: str
@@ -53,8 +60,8 @@ class Row:
 def compare(results: Mapping[str, Mapping[int, RunScores]], baseline: str, level: float = 0.95) -> list[Row]:
     """Rows of all arms and metrics, by metric, with p adjusted for all comparisons (Holm).
 
-    Only seeds that both arms have are compared. The difference is bootstrapped over scenes and seeds if the metric has
-    scores per sample, else it is Student's t over seeds.
+    Only seeds that both arms have are compared. The difference is tested over seeds and scenes if the metric has scores
+    per sample and there are enough scenes, else over seeds. One seed is not tested.
 
     Args:
         results: arm -> seed -> scores, in the order of the table.
@@ -71,9 +78,9 @@ def compare(results: Mapping[str, Mapping[int, RunScores]], baseline: str, level
         for arm, by_seed in values.items():
             if by_seed:
                 rows.append(_row(arm, metric, by_seed, {} if arm == baseline else values[baseline], level))
-    compared = [row for row in rows if row.difference is not None]
-    adjusted = holm([row.difference.p for row in compared if row.difference is not None])
-    corrected = {id(row): p for row, p in zip(compared, adjusted, strict=True)}
+    tested = [(id(row), row.difference.p) for row in rows if row.difference and row.difference.p is not None]
+    adjusted = holm([p for _, p in tested])
+    corrected = {row: p for (row, _), p in zip(tested, adjusted, strict=True)}
     return [
         Row(row.arm, row.metric, row.by_seed, row.difference, row.over_seeds, corrected.get(id(row))) for row in rows
     ]
@@ -84,13 +91,18 @@ def _row(arm: str, metric: str, scores: Mapping[int, Score], base: Mapping[int, 
     common = [seed for seed in by_seed if seed in base]
     if not common:
         return Row(arm, metric, by_seed)
-    over_seeds = paired_t([scores[seed].value - base[seed].value for seed in common], level)
-    pairs = [(scores[seed], base[seed]) for seed in common]
-    return Row(arm, metric, by_seed, _bootstrap(metric, pairs, level) or over_seeds, over_seeds)
+    values = [scores[seed].value - base[seed].value for seed in common]
+    seeds_only = over_seeds(values, level)
+    paired = _paired_samples(metric, [(scores[seed], base[seed]) for seed in common])
+    if paired is None:
+        difference = seeds_only or Comparison(float(np.mean(values)), None, None, None, NONE, len(values))
+    else:
+        difference = over_seeds_and_scenes(*paired, level) or seeds_only or untested(*paired, level)
+    return Row(arm, metric, by_seed, difference, seeds_only)
 
 
-def _bootstrap(metric: str, pairs: Sequence[tuple[Score, Score]], level: float) -> Comparison | None:
-    """Bootstrap of the differences per sample; None if a run has no scores per sample.
+def _paired_samples(metric: str, pairs: Sequence[tuple[Score, Score]]) -> tuple[np.ndarray, Sequence[str]] | None:
+    """Differences per sample, ``[seeds, samples]``, and the scene of each; None if a run has no scores per sample.
 
     Raises:
         ValueError: two runs were evaluated on different samples.
@@ -103,4 +115,4 @@ def _bootstrap(metric: str, pairs: Sequence[tuple[Score, Score]], level: float) 
         raise ValueError(f"{metric}: the runs were evaluated on different samples; evaluate them on the same set.")
     # known: arm and baseline of the first seed, of the second, ...
     differences = np.stack([arm.values - base.values for arm, base in zip(known[::2], known[1::2], strict=True)])
-    return paired_bootstrap(differences, known[0].scenes, level)
+    return differences, known[0].scenes

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from w2r2_ds.diagnostics.ablation.comparison import Row
 from w2r2_ds.diagnostics.ablation.plan import Plan
+from w2r2_ds.diagnostics.ablation.statistics import NONE, Comparison
 from w2r2_ds.utils.files import atomic_io
 from w2r2_ds.utils.packages import import_problem
 
@@ -31,7 +32,7 @@ def write_results(plan: Plan, rows: Sequence[Row], failures: Sequence[str], leve
         "baseline": plan.baseline,
         "seeds": list(plan.seeds),
         "level": level,
-        "comparisons": sum(row.difference is not None for row in rows),
+        "comparisons": sum(row.p_holm is not None for row in rows),
         "unfinished": [run.name for run in plan.runs if not plan.is_finished(run)],
         "failures": list(failures),
         "arms": [
@@ -58,10 +59,13 @@ def print_results(rows: Sequence[Row], baseline: str, level: float) -> None:
     console = Console(width=None if Console().is_terminal else 120)
     for table in tables(rows, baseline, level):
         console.print(table)
-    methods = {row.difference.method for row in rows if row.difference is not None}
-    names = {"bootstrap": "paired bootstrap over scenes and seeds", "t": "paired t over seeds"}
-    note = f"all values times 100; {100 * level:.0f} % intervals: {', '.join(names[m] for m in sorted(methods))}"
-    console.print(f"{note}; p is corrected for all comparisons (Holm)" if methods else note, highlight=False)
+    methods = sorted({row.difference.method for row in rows if row.difference is not None} - {NONE})
+    note = f"all values times 100; {100 * level:.0f} % intervals: {', '.join(methods)}" if methods else ""
+    console.print(note or "all values times 100", highlight=False)
+    if any(row.p_holm is not None for row in rows):
+        console.print("p is corrected for all comparisons of these tables (Holm)", highlight=False)
+    if any(row.difference is not None and row.p_holm is None for row in rows):
+        console.print("no p: a test needs two seeds of both arms, with different differences", highlight=False)
 
 
 def _table(metric: str, rows: Sequence[Row], baseline: str, level: float) -> Table:
@@ -72,13 +76,17 @@ def _table(metric: str, rows: Sequence[Row], baseline: str, level: float) -> Tab
     for row in rows:
         spread = "" if row.deviation is None else f" ± {100 * row.deviation:.1f}"
         difference, p = ("baseline", "") if row.arm == baseline else ("", "")
-        if row.difference is not None and row.p_holm is not None:
-            interval = f"[{100 * row.difference.low:+.1f}, {100 * row.difference.high:+.1f}]"
-            difference, p = f"{100 * row.difference.mean:+.1f} {interval}", f"{row.p_holm:.4f}"
+        if row.difference is not None:
+            difference = f"{100 * row.difference.mean:+.1f}{_interval(row.difference)}"
+            p = "" if row.p_holm is None else f"{row.p_holm:.4f}"
         style = "bold" if row.p_holm is not None and row.p_holm < SIGNIFICANT else None
         cells = (row.arm, str(len(row.by_seed)), f"{100 * row.mean:.1f}{spread}", difference, p)
         table.add_row(*map(_plain, cells), style=style)
     return table
+
+
+def _interval(found: Comparison) -> str:
+    return "" if found.low is None or found.high is None else f" [{100 * found.low:+.1f}, {100 * found.high:+.1f}]"
 
 
 def _plain(text: str) -> str:
@@ -156,8 +164,8 @@ def _page(rows: Sequence[Row], baseline: str, numbers: Mapping[str, float | None
         bars = {
             "type": "data",
             "symmetric": False,
-            "array": [100 * (found.high - found.mean) for _, found in compared],
-            "arrayminus": [100 * (found.mean - found.low) for _, found in compared],
+            "array": [0.0 if found.high is None else 100 * (found.high - found.mean) for _, found in compared],
+            "arrayminus": [0.0 if found.low is None else 100 * (found.mean - found.low) for _, found in compared],
         }
         means = [100 * found.mean for _, found in compared]
         trace = Scatter(
