@@ -160,6 +160,9 @@ def synthetic(
     image_size: tuple[int, int] = (320, 240),
     frames_per_scene: int = 24,
     objects: float = 1.0,
+    sentences: Literal["relations", "phrases"] = "relations",
+    world_frame: Literal["center", "corner"] = "center",
+    questions: list[str] = [],  # noqa: B006
     shift: list[str] = [],  # noqa: B006
     furniture_factor: float = 1.5,
     focal_factor: float = 1.4,
@@ -184,6 +187,12 @@ def synthetic(
         image_size: width and height of the images in pixels, e.g. [320,240].
         frames_per_scene: number of posed images per room.
         objects: factor on the number of objects of every class in all rooms; more objects, harder references.
+        sentences: relations describes an object by its relation to others ("the chair nearest to the red sofa.");
+            phrases by its colour and class, where no other object has both ("the red chair."), or by its class.
+        world_frame: center puts the origin into the middle of the room; corner into its lowest corner, with +y the
+            nearest quarter turn to the heading of the first frame's camera, so that all coordinates are 0 or more.
+        questions: kinds of questions for ScanQA's annotations: color, count, nearest, between, larger, side, where;
+            default: all of these. unique_color is color for the only object of a class.
         shift: shifts, each a split val_NAME: furniture_scale, focal_length, room_scale, camera, position_prior; e.g.
             [room_scale,camera]. position_prior must be alone, because it changes the training rooms.
         furniture_factor: furniture_scale; every object is scaled by a factor between this and its square root, or their
@@ -196,14 +205,25 @@ def synthetic(
         prior_strength: position_prior; share of the objects on the side of their attribute; 0.5 plants nothing.
         workers: number of processes; 0 means one per available core.
     """
-    from w2r2_ds.demo.synthetic.options import ShiftOptions
+    from w2r2_ds.demo.synthetic.options import QUESTION_KINDS, ShiftOptions
     from w2r2_ds.demo.synthetic.write import write_dataset
 
     shifts = ShiftOptions(
         tuple(shift), furniture_factor, focal_factor, room_factor, camera_drop, camera_flatter, prior, prior_strength
     )
     written = write_dataset(
-        out, seed, train_scenes, val_scenes, image_size, frames_per_scene, _processes(workers), objects, shifts
+        out,
+        seed,
+        train_scenes,
+        val_scenes,
+        image_size,
+        frames_per_scene,
+        _processes(workers),
+        objects,
+        shifts,
+        sentences,
+        world_frame,
+        questions or QUESTION_KINDS,
     )
     print(written.message)
 

@@ -114,7 +114,7 @@ def _false_positives(rng: np.random.Generator, room: Room, count: int) -> list[n
     while len(found) < count:
         size = rng.uniform(0.2, 0.6, 3)
         space = np.array([*room.size, room.height]) - size
-        center = rng.uniform(-0.5, 0.5, 3) * space + (0.0, 0.0, room.height / 2)
+        center = rng.uniform(-0.5, 0.5, 3) * space + (*room.center, room.height / 2)
         # Two boxes are disjoint if they are apart along any axis; the box must be disjoint from all objects.
         if (np.abs(center - real[:, :3]) * 2 > size + real[:, 3:]).any(axis=1).all():
             found.append(np.concatenate([center, size]))

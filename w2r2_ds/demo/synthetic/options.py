@@ -8,6 +8,8 @@ from typing import Any, Literal
 SPLITS = ("train", "val")
 SHIFTS = ("furniture_scale", "focal_length", "room_scale", "camera", "position_prior")
 """Shifts of the validation rooms; ``shift/variants.py`` explains them."""
+QUESTION_KINDS = ("color", "count", "nearest", "between", "larger", "side", "where")
+"""Kinds of questions of a data set by default; ``questions.py`` explains them."""
 _VAL_START = 5000
 """Number of the first validation scene."""
 _PARAMETERS = {
@@ -93,6 +95,9 @@ class Options:
         frames_per_scene: number of images per room.
         objects: factor on the number of objects of every class.
         shift: shifted validation splits.
+        sentences: referring expressions: ``relations`` to other objects, or ``phrases`` of colour and class.
+        world_frame: origin and direction of the world: ``center`` or ``corner``, see ``world_frame.py``.
+        questions: kinds of questions, from `QUESTION_KINDS` or ``unique_color``.
     """
 
     seed: int
@@ -102,6 +107,9 @@ class Options:
     frames_per_scene: int
     objects: float = 1.0
     shift: ShiftOptions = field(default=ShiftOptions())
+    sentences: Literal["relations", "phrases"] = "relations"
+    world_frame: Literal["center", "corner"] = "center"
+    questions: tuple[str, ...] = QUESTION_KINDS
 
     def __post_init__(self) -> None:
         """Raise ValueError with the option and its range if an option is out of range."""
@@ -115,6 +123,21 @@ class Options:
             raise ValueError(f"frames_per_scene is {self.frames_per_scene}; it must be at least 2")
         if not 0.7 <= self.objects <= 2:
             raise ValueError(f"objects is {self.objects}; it must be between 0.7 and 2")
+        for name, choices in (("sentences", ("relations", "phrases")), ("world_frame", ("center", "corner"))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be {' or '.join(choices)}")
+        kinds = (*QUESTION_KINDS, "unique_color")
+        if not self.questions or len(set(self.questions) & set(kinds)) < len(self.questions):
+            raise ValueError(
+                f"questions is {list(self.questions)}; it must have different kinds of {', '.join(kinds)}"
+            )
+        if {"color", "unique_color"} <= set(self.questions):
+            raise ValueError("questions has color and unique_color, but color includes the questions of unique_color")
+        if self.world_frame == "corner" and "position_prior" in self.shift.names:
+            raise ValueError(
+                "world_frame is corner, but shift has position_prior, which places objects by their side of the world; "
+                "use center, because corner turns the world by the first camera"
+            )
 
     @property
     def splits(self) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from w2r2_ds.demo.synthetic.furniture import KINDS
+from w2r2_ds.demo.synthetic.options import QUESTION_KINDS
 from w2r2_ds.demo.synthetic.relations import (
     CENTER_MARGIN,
     GAP_MARGIN,
@@ -67,7 +68,7 @@ class GeneratedQuestion:
     """A question with its answer.
 
     Attributes:
-        kind: ``color``, ``count``, ``nearest``, ``between``, ``larger``, ``side`` or ``where``.
+        kind: one of ``options.QUESTION_KINDS``, or ``unique_color``.
         text: the question.
         answers: one or two equivalent lower-case answers, the shorter first.
         object_ids: the object of the answer, or all that are counted.
@@ -95,6 +96,7 @@ def make_questions(
     visible: Collection[int],
     count: int,
     others: Sequence[Sequence[RoomObject]] = (),
+    kinds: Sequence[str] = QUESTION_KINDS,
 ) -> list[GeneratedQuestion]:
     """Make up to ``count`` different questions, spread over kinds, and over answers within a kind.
 
@@ -104,19 +106,21 @@ def make_questions(
         visible: ids of the objects that are visible in a frame.
         count: maximum number of questions.
         others: the objects of other versions of the room, in which a question must have the same answer too.
+        kinds: kinds of questions.
     """
     pools = {}
-    for kind, find in _FINDERS.items():
+    for kind in kinds:
+        find = _FINDERS[kind]
         found = list(find(objects, visible))
         for other in others:
             same = list(find(other, visible))
             found = [candidate for candidate in found if candidate in same]
         pools[kind] = _spread(rng, found)
-    kinds = [str(kind) for kind in rng.permutation(list(_FINDERS))]
+    order = [str(kind) for kind in rng.permutation(list(kinds))]
     # Round robin: one question of every kind, then a second one, until there are enough or all pools are empty.
     chosen: list[GeneratedQuestion] = []
     while len(chosen) < count and any(pools.values()):
-        for kind in kinds:
+        for kind in order:
             if pools[kind] and len(chosen) < count:
                 question = pools[kind].pop()
                 text = str(rng.choice(_TEMPLATES[question.template])).format_map(question.fields)
@@ -135,12 +139,17 @@ def _spread(rng: np.random.Generator, found: list[_Candidate]) -> list[_Candidat
     return [found[i] for _, _, i in sorted(ranked, reverse=True)]
 
 
-def _colors(objects: Sequence[RoomObject], visible: Collection[int]) -> Iterator[_Candidate]:
-    """Colour of the only object of its class, or of the only object of its class with a relation."""
+def _unique_colors(objects: Sequence[RoomObject], visible: Collection[int]) -> Iterator[_Candidate]:
+    """Colour of the only object of its class."""
     names = Counter(o.name for o in objects)
     for o in objects:
         if names[o.name] == 1 and o.object_id in visible and _has_color(o):
             yield _Candidate("color of the only", {"one": o.name}, (o.color,), (o.object_id,))
+
+
+def _colors(objects: Sequence[RoomObject], visible: Collection[int]) -> Iterator[_Candidate]:
+    """Colour of the only object of its class, or of the only object of its class with a relation."""
+    yield from _unique_colors(objects, visible)
     for name, color in scopes(objects):
         for relation, anchors in relations(objects, visible):
             # Only classes without a colour, which is the answer, and relations with anchors, which have templates.
@@ -287,4 +296,6 @@ _FINDERS: dict[str, Callable[[Sequence[RoomObject], Collection[int]], Iterator[_
     "larger": _larger,
     "side": _sides,
     "where": _places,
+    "unique_color": _unique_colors,
 }
+"""Kind -> its candidates."""

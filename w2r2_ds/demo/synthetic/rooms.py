@@ -49,7 +49,7 @@ class RoomObject:
 
 @dataclass(frozen=True)
 class Room:
-    """A room centred on the origin of the axis-aligned world, floor at z = 0.
+    """A room in an axis-aligned world, floor at z = 0.
 
     Attributes:
         size: width along x and depth along y, metres.
@@ -60,6 +60,7 @@ class Room:
         face_objects: ``[F]`` int64 object id, or `SHELL_ID` or `FLOOR_ID`.
         cameras: ``[frames, 4, 4]`` float64, OpenCV camera to aligned world.
         height: metres.
+        center: x and y of the middle of the floor, metres.
     """
 
     size: tuple[float, float]
@@ -70,6 +71,7 @@ class Room:
     face_objects: np.ndarray
     cameras: np.ndarray
     height: float = HEIGHT
+    center: tuple[float, float] = (0.0, 0.0)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from w2r2_ds.demo.synthetic.annotations import propose, scene_info
 from w2r2_ds.demo.synthetic.contact_sheet import write_sheet
 from w2r2_ds.demo.synthetic.furniture import KINDS
 from w2r2_ds.demo.synthetic.options import Options, scene_seed
+from w2r2_ds.demo.synthetic.phrases import phrases
 from w2r2_ds.demo.synthetic.questions import GeneratedQuestion, make_questions
 from w2r2_ds.demo.synthetic.rooms import Room, RoomObject, make_room
 from w2r2_ds.demo.synthetic.sentences import Sentence, make_sentences
@@ -79,19 +80,22 @@ def write_scene(root: Path, options: Options, split: str, index: int) -> dict[st
             views.append(render_view(root, options, f"val_{name}", index, variant, same))
         visible = set.intersection(*(view.visible() for view in views))
         others = [view.room.objects for name, view in zip(names, views[1:], strict=True) if name in OTHER_SIZES]
-        count = int(rng.integers(_SENTENCES[0], _SENTENCES[1] + 1))
-        sentences = make_sentences(rng, room.objects, visible, count, others)
-        if len(sentences) >= _SENTENCES[0]:
+        if options.sentences == "phrases":
+            minimum, sentences = 1, phrases(rng, room.objects, visible)
+        else:
+            minimum, count = _SENTENCES[0], int(rng.integers(_SENTENCES[0], _SENTENCES[1] + 1))
+            sentences = make_sentences(rng, room.objects, visible, count, others)
+        if len(sentences) >= minimum:
             break
     else:
         raise ValueError(
-            f"none of {_ATTEMPTS} rooms has {_SENTENCES[0]} unambiguous sentences; use more frames per scene or objects"
+            f"none of {_ATTEMPTS} rooms has {minimum} unambiguous sentences; use more frames per scene or objects"
         )
     # As in ScanNet, camera poses are stored in a raw world, which is not aligned with the walls.
     axis_align = _alignment(rng)
     question_rng = _generator(options, split, index, _QUESTION_STREAM)
     count = int(question_rng.integers(_QUESTIONS[0], _QUESTIONS[1] + 1))
-    questions = make_questions(question_rng, room.objects, visible, count, others)
+    questions = make_questions(question_rng, room.objects, visible, count, others, options.questions)
     entries = {}
     for view in views:
         scaled = axis_align.copy()

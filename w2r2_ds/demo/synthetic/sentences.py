@@ -38,7 +38,8 @@ class Sentence:
         object_id: the object that it refers to.
         name: class of the object.
         color: colour word in the sentence; ``None`` if it has none.
-        relation: ``nearest``, ``farthest``, ``between``, ``largest`` or ``smallest``.
+        relation: ``nearest``, ``farthest``, ``between``, ``largest`` or ``smallest``; ``None`` if colour and class
+            alone identify the object.
         anchors: objects that the relation refers to; none, one or two.
         text: lower-case sentence.
     """
@@ -46,7 +47,7 @@ class Sentence:
     object_id: int
     name: str
     color: str | None
-    relation: str
+    relation: str | None
     anchors: tuple[int, ...]
     text: str
 

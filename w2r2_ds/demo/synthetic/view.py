@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,7 @@ from w2r2_ds.demo.synthetic.options import Options, scene_id
 from w2r2_ds.demo.synthetic.render import Renderer
 from w2r2_ds.demo.synthetic.rooms import Room, RoomObject
 from w2r2_ds.demo.synthetic.shift.variants import Variant
+from w2r2_ds.demo.synthetic.world_frame import corner_frame
 
 _LARGEST_DEPTH = 65535.0
 """Largest value of a depth image, millimetres."""
@@ -25,7 +26,7 @@ class View:
     Attributes:
         split: split of the scene.
         name: name of the scene.
-        variant: room and intrinsics.
+        variant: room, in the world frame of the data set, and intrinsics.
         frames: posed frames; the files need not exist.
         colors: ``[height, width, 3]`` uint8 per frame.
         depths: ``[height, width]`` uint16 per frame, millimetres.
@@ -74,18 +75,20 @@ def render_view(
         options: options of the data set.
         split: split of the scene.
         index: number of the scene in its split.
-        variant: room and intrinsics.
+        variant: room, with its middle at the origin, and intrinsics.
         same: a version of the room with the same pixels, which is not rendered again; depths are scaled.
     """
-    name, room = scene_id(split, index), variant.room
     if same is None:
-        renderer = Renderer(room, options.image_size, variant.intrinsic)
-        images = [renderer.render(camera) for camera in room.cameras]
+        renderer = Renderer(variant.room, options.image_size, variant.intrinsic)
+        images = [renderer.render(camera) for camera in variant.room.cameras]
         colors, depths = [image[0] for image in images], [image[1] for image in images]
     else:
         colors = same.colors
         factor = variant.scale / same.variant.scale
         depths = [np.rint(np.minimum(depth * factor, _LARGEST_DEPTH)).astype(np.uint16) for depth in same.depths]
+    if options.world_frame == "corner":  # after rendering: the pixels are those of the other frame
+        variant = replace(variant, room=corner_frame(variant.room))
+    name, room = scene_id(split, index), variant.room
     folder = root / "posed_images" / name
     frames = [
         Frame(i, folder / f"{i:05d}.jpg", folder / f"{i:05d}.png", camera) for i, camera in enumerate(room.cameras)

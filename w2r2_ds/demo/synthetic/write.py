@@ -12,13 +12,13 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from w2r2_ds.data.sources.labels import LABELS_FILE
 from w2r2_ds.data.sources.shortcut_cues import cues_file, write_cues
 from w2r2_ds.demo.synthetic.annotations import write_infos
 from w2r2_ds.demo.synthetic.furniture import KINDS
-from w2r2_ds.demo.synthetic.options import Options, ShiftOptions, defaults, scene_id
+from w2r2_ds.demo.synthetic.options import QUESTION_KINDS, Options, ShiftOptions, defaults, scene_id
 from w2r2_ds.demo.synthetic.scene import SceneEntries, write_scene
 from w2r2_ds.utils.files.atomic_io import add_filename
 from w2r2_ds.utils.files.output_folder import PARTIAL, check_writable, fill, is_empty
@@ -55,6 +55,9 @@ def write_dataset(
     workers: int = 1,
     objects: float = 1.0,
     shift: ShiftOptions = ShiftOptions(),  # noqa: B008
+    sentences: Literal["relations", "phrases"] = "relations",
+    world_frame: Literal["center", "corner"] = "center",
+    questions: Sequence[str] = QUESTION_KINDS,
 ) -> Written:
     """Write random rooms, or reuse an existing data set with the same options.
 
@@ -72,12 +75,17 @@ def write_dataset(
         workers: number of processes; does not change the result.
         objects: factor on the number of objects of every class.
         shift: shifted validation splits and their strengths.
+        sentences: kind of referring expressions, see `Options`.
+        world_frame: origin and direction of the world, see `Options`.
+        questions: kinds of questions, see `Options`.
 
     Raises:
         ValueError: an option is out of range, or ``root`` has other content.
     """
     root = Path(root)
-    options = Options(seed, train_scenes, val_scenes, (image_size[0], image_size[1]), frames_per_scene, objects, shift)
+    size = (image_size[0], image_size[1])
+    scenes = (seed, train_scenes, val_scenes, size, frames_per_scene, objects)
+    options = Options(*scenes, shift, sentences, world_frame, tuple(questions))
     existing = _existing(root, options)
     if existing is not None:
         return Written(root, True, existing)
