@@ -128,9 +128,7 @@ class Options:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be {' or '.join(choices)}")
         kinds = (*QUESTION_KINDS, "unique_color")
         if not self.questions or len(set(self.questions) & set(kinds)) < len(self.questions):
-            raise ValueError(
-                f"questions is {list(self.questions)}; it must have different kinds of {', '.join(kinds)}"
-            )
+            raise ValueError(f"questions is {list(self.questions)}; it must have different kinds of {', '.join(kinds)}")
         if {"color", "unique_color"} <= set(self.questions):
             raise ValueError("questions has color and unique_color, but color includes the questions of unique_color")
         if self.world_frame == "corner" and "position_prior" in self.shift.names:
