@@ -131,7 +131,7 @@ def write_tasks(folder: Path, *tasks: list[list[str]]) -> Path:
 
 
 def test_an_ablation_trains_and_evaluates_every_run(root: Path, tmp_path: Path) -> None:
-    first = [["train", "--deepspeed", "x.json", "--data.val=[{path: a b}]"], ["evaluate", "e/fused", "--out=e/fused"]]
+    first = [["train", "--deepspeed", "x.json", "--data.val=[{path: a b}]"], ["evaluate", "fused", "--out=e/fused"]]
     folder = write_tasks(tmp_path / "out", first, [["train", "--out=r2"]])
     train, evaluate, other = lines(script(root, "ablate", "--dry-run", str(folder), "--skip-doctor", "--train.lr=1"))
     options = ["--deepspeed", "x.json", "--data.val=[{path: a b}]", "--train.lr=1", "--resume", "auto"]
@@ -158,7 +158,7 @@ sys.exit(3 if "--fail" in sys.argv else 0)
 
 
 def test_a_task_of_an_ablation(tmp_path: Path) -> None:
-    """Without Slurm: stubs of srun, scontrol and the launchers. An evaluation with scores is not repeated."""
+    """Without Slurm: stubs of srun, scontrol and the launchers."""
     other = make_root(tmp_path / "repository")
     (other / "launchers").unlink()
     (other / "launchers").mkdir()
@@ -169,14 +169,7 @@ def test_a_task_of_an_ablation(tmp_path: Path) -> None:
     for name, text in (("srun", SRUN), ("scontrol", "#!/bin/bash\necho n1\n")):
         (programs / name).write_text(text)
         (programs / name).chmod(0o755)
-    scored = tmp_path / "e" / "fused"
-    scored.mkdir(parents=True)
-    (scored / "scores-scanrefer-fused.json").touch()
-    commands = [
-        ["train", "--out=r"],
-        ["evaluate", str(scored), "--a"],
-        ["evaluate", str(tmp_path / "e" / "zero"), "--b"],
-    ]
+    commands = [["train", "--out=r"], ["evaluate", "fused", "--a"], ["evaluate", "zero", "--b"]]
     folder = write_tasks(tmp_path / "out", commands, [["train", "--fail"], ["evaluate", "e", "--c"]])
     job = {"SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1", "SLURMD_NODENAME": "n1"}
     environment = {**job, "PATH": f"{programs}:{os.environ['PATH']}", "TMPDIR": str(tmp_path)}
@@ -184,11 +177,11 @@ def test_a_task_of_an_ablation(tmp_path: Path) -> None:
     done = script(other, "ablate", str(folder), "--skip-doctor", **environment, SLURM_ARRAY_TASK_ID="0")
     assert done.returncode == 0, done.stdout + done.stderr
     calls = (other / "calls.txt").read_text().splitlines()
-    assert calls == ["train --deepspeed ds_configs/zero3.json --out=r --resume auto", "evaluate --b"]
-    assert f"{scored} has scores" in done.stdout and "evaluate-zero: done" in done.stdout
+    assert calls == ["train --deepspeed ds_configs/zero3.json --out=r --resume auto", "evaluate --a", "evaluate --b"]
+    assert "evaluate-fused: done" in done.stdout and "evaluate-zero: done" in done.stdout
     failed = script(other, "ablate", str(folder), "--skip-doctor", **environment, SLURM_ARRAY_TASK_ID="1")
     assert failed.returncode == 1 and "ended with 3; not requeued" in failed.stderr
-    assert len((other / "calls.txt").read_text().splitlines()) == 3  # no evaluation after a failed training
+    assert len((other / "calls.txt").read_text().splitlines()) == 4  # no evaluation after a failed training
     beyond = script(other, "ablate", str(folder), **environment, SLURM_ARRAY_TASK_ID="2")
     assert beyond.returncode == 1 and f"{folder}/slurm/task-2.txt" in beyond.stderr
 

@@ -26,7 +26,7 @@ DEMO = str(ROOT / "w2r2_ds" / "recipes" / "demo.yaml")
 def out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Folder of the ablation. The working directory is the repository root; the demo's data are not made."""
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(ablate, "prepare", lambda *_: None)
+    monkeypatch.setattr(ablate, "prepare", lambda *_: {})
     return tmp_path / "out"
 
 
@@ -75,6 +75,8 @@ def test_grids_of_a_file_and_a_preset_are_concatenated(
         (["--evaluations", "{a: {geometry: both}}"], "geometry"),
         (["--evaluations", "{a: {geometri: zero}}"], "geometri"),
         (["--evaluations", "{a: {checkpoint: x}}"], "checkpoint"),
+        (["--evaluations", "{a: {reuse: false}}"], "reuse"),
+        (["--grid", "{objective.push_term: {name: none}}", "--preset", "push_terms"], "push_term=none"),
         (["--evaluations", "{a: 3}"], "--evaluations"),
         (["--dry_run", "--slurm"], "--slurm"),
     ],
@@ -141,10 +143,23 @@ def test_other_settings_need_another_folder(out: Path, capsys: pytest.CaptureFix
     assert ablate.main(words(out, "--table_only", "--train.steps", "2", "--seeds", "5")) == DONE
 
 
-def test_slurm_writes_the_commands_and_prints_the_sbatch_line(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert ablate.main(words(out, "--slurm")) == DONE
-    assert capsys.readouterr().out.split() == ["sbatch", "--array=0-3", "slurm/ablate.sbatch", str(out)]
-    assert len(list((out / "slurm").iterdir())) == 4
+def test_slurm_writes_the_commands_and_prints_the_sbatch_line(
+    out: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    options = words(out, "--slurm", "--train.steps", "2", "--evaluations", "{fused: {geometry: fused}}")
+    assert ablate.main([*options, "--ranks", "2"]) == DONE
+    resources = ["--ntasks-per-node=2", "--gpus-per-node=2"]
+    expected = ["sbatch", "--array=0-3", *resources, "slurm/ablate.sbatch", str(out)]
+    assert capsys.readouterr().out.split() == expected
+    assert len(list((out / "slurm").glob("task-*.txt"))) == 4
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    assert ablate.main(options) == DONE
+    assert capsys.readouterr().out.split()[2:4] == ["--ntasks-per-node=1", "slurm/ablate.sbatch"]
+    for run in make_plan(out, [{"objective.lambda_det": [0, 1.5]}], [0, 1]).runs:
+        finish_run(run, [True])
+    assert ablate.main(options) == DONE
+    assert capsys.readouterr().out == ""  # nothing to submit
 
 
 def test_an_evaluation_of_a_run_with_several_tasks_needs_a_task(tmp_path: Path) -> None:
@@ -156,4 +171,4 @@ def test_an_evaluation_of_a_run_with_several_tasks_needs_a_task(tmp_path: Path) 
     sets = "[{path: scanrefer}, {path: scanqa}]"
     base = load_config(DEMO, ["--demo.enabled", "false", "--data.root", str(tmp_path), "--data.val", sets])
     with pytest.raises(ValueError, match=r"--evaluations: fused: data\.val has scanrefer .* --task"):
-        ablate.prepare(make_plan(tmp_path / "out", [{"objective.mu": [0.1]}]), base)
+        ablate.prepare(make_plan(tmp_path / "out", [{"objective.mu": [0.1]}]), base, [base])

@@ -172,6 +172,18 @@ def test_finished_answers_are_reused_and_other_options_raise(
         "w2r2_ds.evaluation.generate.generate_tokens", lambda *_: pytest.fail("an answer was generated again")
     )
     assert evaluate(trained, tmp_path, max_new_tokens=4, limit=2)["samples"] == 2
+    # A finished evaluation is kept with --reuse, and scored again by other protocols.
+    words = ["--checkpoint", trained, "--out", tmp_path, "--max_new_tokens", 4, "--limit", 2, "--reuse", "true"]
+    file = tmp_path / "scores-scanrefer-fused.json"
+    before = file.read_text(), file.stat().st_mtime_ns
+    assert evaluate_main([str(word) for word in words]) == 0
+    assert (file.read_text(), file.stat().st_mtime_ns) == before
+    assert evaluate_main([str(word) for word in [*words, "--protocol", "video3dllm"]]) == 0
+    scores, old = json.loads(file.read_text()), json.loads(before[0])
+    assert set(scores["protocols"]) == {*old["protocols"], "scanrefer/video3dllm"}
+    assert scores["run"] == old["run"] and scores["protocols"].items() >= old["protocols"].items()
+    with pytest.raises(pytest.fail.Exception, match="generated again"):  # other options: not the same evaluation
+        evaluate_command(trained, out=tmp_path, max_new_tokens=3, limit=2, reuse=True)
 
 
 def test_a_data_set_is_selected_by_task_or_folder(loaded: Any, trained: Path, tmp_path: Path) -> None:

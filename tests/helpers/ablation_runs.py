@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,8 +18,12 @@ from w2r2_ds.evaluation.resumable import write_records
 from w2r2_ds.evaluation.scoring import score_records
 from w2r2_ds.training.checkpoint.manifest import TENSORS, step_folder, write_manifest
 from w2r2_ds.utils.files import atomic_io
+from w2r2_ds.utils.files.hashing import named_sha256
 
 STEPS = 2
+CONTENT = b"no weights"
+WEIGHTS = named_sha256({TENSORS: hashlib.sha256(CONTENT).hexdigest()})
+"""Hash of the weights of `write_checkpoint`."""
 FUSED = {"fused": {"geometry": "fused"}}
 SCENES = ("scene0011_00", "scene0011_01", "scene0015_00", "scene0025_00", "scene0030_00")
 PROTOCOL = "scanrefer/vgllm-direct"
@@ -34,12 +39,12 @@ def make_plan(
     return Plan(out, ["--config=recipe.yaml"], steps, arms, seeds, baseline or arms[0].name, **values)
 
 
-def write_checkpoint(run: Path, step: int = STEPS) -> Path:
-    """Write a checkpoint without weights; returns its folder."""
+def write_checkpoint(run: Path, step: int = STEPS, data: str = "train") -> Path:
+    """Write a checkpoint without weights, trained on data with the digest `data`; returns its folder."""
     folder = step_folder(run, step)
     folder.mkdir(parents=True)
-    (folder / TENSORS).write_bytes(b"no weights")
-    write_manifest(folder, {"step": step}, {TENSORS: atomic_io.digest(folder / TENSORS)})
+    (folder / TENSORS).write_bytes(CONTENT)
+    write_manifest(folder, {"step": step, "data": [data]}, {TENSORS: atomic_io.digest(folder / TENSORS)})
     return folder
 
 
@@ -48,7 +53,7 @@ def scene_of(index: int) -> str:
     return SCENES[max(0, index - 1)]
 
 
-def write_scores(folder: Path, hits: Sequence[bool]) -> None:
+def write_scores(folder: Path, hits: Sequence[bool], data: str = "val", weights: str = WEIGHTS) -> None:
     """Write predictions and scores of ScanRefer samples, the first two of one scene; a hit has IoU 1, others 0."""
     folder.mkdir(parents=True, exist_ok=True)
     records = []
@@ -58,7 +63,12 @@ def write_scores(folder: Path, hits: Sequence[bool]) -> None:
         records.append(record_of(sample, camera_answer(sample, box=box, decimals=9)))
     write_records(folder / "predictions-scanrefer-fused.jsonl", records)
     protocols = score_records(records, [PROTOCOL])
-    (folder / "scores-scanrefer-fused.json").write_text(json.dumps({"protocols": protocols}))
+    scores = {
+        "run": {"weights": weights},
+        "data": [{"path": "prepared/val", "manifest": data}],
+        "protocols": protocols,
+    }
+    (folder / "scores-scanrefer-fused.json").write_text(json.dumps(scores))
 
 
 def finish(plan: Plan, hits: Mapping[str, Sequence[Sequence[bool]]]) -> None:

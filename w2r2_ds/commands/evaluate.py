@@ -56,6 +56,7 @@ def run(
     root: Path | None = None,
     vlm: str | None = None,
     geometry_path: str | None = None,
+    reuse: bool = False,
     score_only: Path | None = None,
     format: Literal["ours", "vgllm", "video3dllm"] = "ours",
     local_rank: int = 0,
@@ -78,6 +79,7 @@ def run(
         root: data root, if it has moved since training.
         vlm: directory or hub id of the VLM, if it has moved since training.
         geometry_path: directory or hub id of the geometry encoder, if it has moved since training.
+        reuse: keep the answers of a finished evaluation of the same weights, data and options.
         score_only: predictions file to score without a model; scores are printed, and written into --out if given.
         format: format of the --score_only file; those of other projects require --data.
         local_rank: set by the deepspeed launcher.
@@ -111,4 +113,5 @@ def run(
             vlm=vlm,
             geometry_path=geometry_path,
             ranks=ranks,
+            reuse=reuse,
         )

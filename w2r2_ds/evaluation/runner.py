@@ -25,11 +25,12 @@ from w2r2_ds.evaluation.conditions import Condition, SampleProcessor, find_condi
 from w2r2_ds.evaluation.datasets import all_samples, describe_sets, find_sets
 from w2r2_ds.evaluation.loading import run_config, trained_model, trained_weights_sha256, with_cache
 from w2r2_ds.evaluation.predictions.record import record_of
-from w2r2_ds.evaluation.protocols.records import AnswerRecord
+from w2r2_ds.evaluation.protocols.records import AnswerRecord, Proposals
 from w2r2_ds.evaluation.resumable import (
     PartialAnswers,
     Selection,
     is_finished,
+    read_records,
     record_line,
     unanswered,
     write_records,
@@ -98,7 +99,8 @@ def evaluate(
         vlm: directory or hub id of the VLM on this machine; None for the one of training.
         geometry_path: directory or hub id of the geometry encoder on this machine; None for the one of training.
         ranks: rank and number of the processes, in a process group; None for a single process.
-        reuse: keep the files of a finished evaluation with equal inputs and weights, of as many samples or more.
+        reuse: keep the answers of a finished evaluation with equal inputs and weights, of as many samples or more; they
+            are scored again if the score file lacks a protocol, or if the protocol needs detected boxes.
         load: loads the model; None for `trained_model`.
 
     Returns:
@@ -130,7 +132,7 @@ def evaluate(
     predictions, score_file = out / f"predictions-{name}.jsonl", out / f"scores-{name}.json"
     if reuse and is_finished(score_file, predictions, run, len(samples)):
         logger.info("reusing %s", predictions)
-        return {} if ranks.rank else read_json_object(score_file)
+        return {} if ranks.rank else _reused_scores(score_file, predictions, protocol_names, boxes)
     check_frames(samples, ranks.rank, ranks.world_size)
     with evaluation_lock(out, name, ranks):
         frontend = with_cache(load_frontend(config.model), config)
@@ -165,6 +167,20 @@ def evaluate(
         atomic_io.replace(score_file, json.dumps(scores, indent=2) + "\n")
         # The saved answers are deleted last: if scoring fails, the same command finds all of them and only scores.
         partial.remove()
+    return scores
+
+
+def _reused_scores(
+    score_file: Path, predictions: Path, protocols: Sequence[str], boxes: Proposals | None
+) -> dict[str, Any]:
+    """Content of a score file of finished answers, which are scored again if it lacks a protocol."""
+    scores = read_json_object(score_file)
+    # Detected boxes are not recorded: they may be others.
+    wanted = [name for name in protocols if boxes is not None or name not in scores["protocols"]]
+    if wanted:
+        records = read_records(predictions, scores["samples"])
+        scores["protocols"] |= score_records(records, wanted, boxes)
+        atomic_io.replace(score_file, json.dumps(scores, indent=2) + "\n")
     return scores
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -11,10 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ablation_runs import PROTOCOL, differences, finish, make_plan, scene_of
+from ablation_runs import PROTOCOL, differences, finish, make_plan, scene_of, write_checkpoint, write_scores
 from w2r2_ds.diagnostics.ablation.comparison import compare
 from w2r2_ds.diagnostics.ablation.output import print_results, write_plots, write_results
-from w2r2_ds.diagnostics.ablation.plan import Plan
+from w2r2_ds.diagnostics.ablation.plan import Plan, evaluation_folder
 from w2r2_ds.diagnostics.ablation.results import read_results
 from w2r2_ds.diagnostics.ablation.statistics import SCENES, SEEDS, holm, over_seeds, over_seeds_and_scenes, untested
 from w2r2_ds.evaluation.protocols.registry import PROTOCOLS, ItemTerms, find_protocol
@@ -94,6 +95,26 @@ def test_scores_of_other_answers_are_an_error(plan: Plan) -> None:
     file.write_text(json.dumps(scores))
     with pytest.raises(ValueError, match=str(file)):
         read_results(plan)
+
+
+def test_runs_on_data_that_were_prepared_again_are_not_compared(plan: Plan) -> None:
+    last = make_plan(plan.out, [{"objective.lambda_det": [0, 1, 2]}], [0, 1, 2]).runs[2]
+    write_checkpoint(last.folder, data="prepared again")
+    with pytest.raises(ValueError, match=rf"{last.folder}.*checkpoints.*{plan.runs[0].folder}"):
+        read_results(plan)
+    shutil.rmtree(last.folder)
+    write_checkpoint(last.folder)
+    write_scores(evaluation_folder(last, "fused"), HITS[BASE][0], data="prepared again")
+    with pytest.raises(ValueError, match=rf"{last.folder}.*scores.*{plan.runs[0].folder}.*fused"):
+        read_results(plan)
+
+
+def test_arms_may_have_training_sets_of_their_own(tmp_path: Path) -> None:
+    plan = make_plan(tmp_path, [{"data.train": [[{"path": "a"}], [{"path": "b"}]]}])
+    for run in plan.runs:
+        write_checkpoint(run.folder, data=run.arm.name)
+        write_scores(evaluation_folder(run, "fused"), HITS[BASE][0])
+    assert [list(seeds) for seeds in read_results(plan).values()] == [[0], [0]]
 
 
 def test_arms_are_compared_with_the_baseline(plan: Plan) -> None:

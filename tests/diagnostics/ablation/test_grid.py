@@ -33,13 +33,33 @@ def test_arms_of_several_grids_are_concatenated_without_repetition() -> None:
     assert [arm.name for arm in arms] == ["push_term=none", "push_term=margin", "push_term=none,visual_mask_ratio=0.5"]
 
 
-def test_options_with_the_same_last_part_have_whole_names() -> None:
+def test_names_do_not_depend_on_the_other_options_of_the_grid() -> None:
+    """A name is a folder: another arm in the grid must not rename those that are trained."""
     (arm,) = arms_of([{"model.vlm": "a", "data.cache": "c", "model.geometry.path": "p", "train.lr": 1e-4}])
-    assert arm.name == "vlm=a,cache=c,path=p,lr=0.0001"
-    (arm,) = arms_of([{"objective.push_term.margin": 2.0, "objective.push_term": "margin", "data.packing": True}])
-    assert arm.name == "margin=2.0,push_term=margin,packing=true"
-    (arm,) = arms_of([{"model.geometry.name": "vggt", "objective.push_term.name": "none"}])
-    assert arm.name == "model.geometry.name=vggt,objective.push_term.name=none"
+    assert arm.name == "cache=c,path=p,vlm=a,lr=0.0001"
+    (arm,) = arms_of([{"objective.push_term.margin": 2.5, "objective.push_term": "margin", "data.packing": True}])
+    assert arm.name == "packing=true,push_term=margin,push_term.margin=2.5"
+    (alone,) = arms_of([{"model.geometry.name": "vggt"}])
+    both = arms_of([{"model.geometry.name": "vggt"}, {"objective.push_term.name": "none"}])
+    assert [arm.name for arm in both] == [alone.name, "push_term.name=none"] == ["name=vggt", "push_term.name=none"]
+
+
+def test_an_arm_that_is_written_in_two_ways_is_one_arm() -> None:
+    arms = arms_of(
+        [
+            {"objective.lambda_det": [1, 1.0], "objective.mu": 0.5},
+            {"objective.mu": 0.5, "objective.lambda_det": 1.0},
+            {"objective.push_term": [{"name": "margin", "margin": 2.0}, {"margin": 2, "name": "margin"}]},
+            {"objective.caption_similarity": ["1", 1]},
+        ]
+    )
+    assert [arm.name for arm in arms] == [
+        "lambda_det=1,mu=0.5",
+        'push_term={"margin": 2, "name": "margin"}',
+        'caption_similarity="1"',
+    ]
+    assert arms[0].options == {"objective.lambda_det": 1, "objective.mu": 0.5}
+    assert len(arms_of([{"data.packing": [True, 1, 1.0]}])) == 2  # true is not 1
 
 
 @pytest.mark.parametrize(
@@ -104,12 +124,8 @@ def test_errors_name_the_option(grid: dict[str, Any], named: str) -> None:
 
 
 def test_two_arms_with_the_same_name_are_an_error() -> None:
-    with pytest.raises(ValueError, match="vlm=a,cache=c"):
-        arms_of([{"model.vlm": "a,cache=c"}, {"model.vlm": "a", "data.cache": "c"}])
-    assert [arm.name for arm in arms_of([{"objective.caption_similarity": ["1", 1]}])] == [
-        'caption_similarity="1"',
-        "caption_similarity=1",
-    ]
+    with pytest.raises(ValueError, match="cache=c,vlm=a"):
+        arms_of([{"data.cache": "c,vlm=a"}, {"model.vlm": "a", "data.cache": "c"}])
 
 
 @pytest.mark.parametrize("text", ["", "3", "[]", "[1]", "{}", "{a: [", "objective.mu"])

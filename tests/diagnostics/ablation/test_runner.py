@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -169,18 +170,38 @@ def test_several_ranks_evaluate_with_the_launcher(tmp_path: Path) -> None:
 
 def test_commands_of_a_job_array(tmp_path: Path) -> None:
     plan = make_plan(tmp_path / "a b", [GRID], evaluations={**FUSED, "zero": {"geometry": "zero"}})
-    files = write_array(plan)
-    assert [file.name for file in files] == ["task-0.txt", "task-1.txt", "task-2.txt"]
-    train, fused, zero = (line.split("\t") for line in files[1].read_text().splitlines())
+    assert write_array(plan) == [0, 1, 2]
+    file = plan.out / "slurm" / "task-1.txt"
+    train, fused, zero = (line.split("\t") for line in file.read_text().splitlines())
     assert train == ["train", "--deepspeed", "ds_configs/zero3.json", *plan.words_of_training(plan.runs[1])]
-    assert fused[:2] == ["evaluate", str(plan.runs[1].folder / "evaluation" / "fused")]
+    assert fused[:2] == ["evaluate", "fused"] and "--reuse=true" in fused
     assert zero[2:] == plan.words_of_evaluation(plan.runs[1], "zero")
     write_checkpoint(plan.runs[1].folder)
     for name in plan.evaluations:
         write_scores(plan.runs[1].folder / "evaluation" / name, [True])
-    assert "--array=0,2 " in array_command(plan) and f"'{plan.out}'" in array_command(plan)
-    write_array(make_plan(plan.out, [{"objective.lambda_det": [0]}]))
-    assert [file.name for file in (plan.out / "slurm").iterdir()] == ["task-0.txt"]
+    assert write_array(plan) == [0, 2]
+
+
+def test_a_run_keeps_its_task_when_the_grid_changes(tmp_path: Path) -> None:
+    """Tasks of a waiting array read their files later: task 1 must not train another arm."""
+    plan = make_plan(tmp_path, [{"objective.lambda_det": [0, 1]}], [0, 1])
+    write_array(plan)
+    files = {file.name: file.read_text() for file in (tmp_path / "slurm").glob("task-*.txt")}
+    assert len(files) == 4
+    wider = make_plan(tmp_path, [{"objective.lambda_det": [2, 0, 1]}], [0, 1])
+    assert write_array(wider) == [4, 0, 1, 5, 2, 3]
+    assert {name: (tmp_path / "slurm" / name).read_text() for name in files} == files
+    assert f"--out={wider.runs[0].folder}" in (tmp_path / "slurm" / "task-4.txt").read_text().split()
+    assert write_array(make_plan(tmp_path, [{"objective.lambda_det": [1]}], [1])) == [3]
+    assert {name: (tmp_path / "slurm" / name).read_text() for name in files} == files
+
+
+def test_the_sbatch_command(tmp_path: Path) -> None:
+    plan = make_plan(tmp_path / "a b", [GRID])
+    resources = ["--ntasks-per-node=4", "--gpus-per-node=4"]
+    expected = ["sbatch", "--array=0,2-3", *resources, "slurm/ablate.sbatch", str(plan.out)]
+    assert shlex.split(array_command(plan, [3, 0, 2], 4, gpus=True)) == expected
+    assert "gpus" not in array_command(plan, [0], 1, gpus=False)
 
 
 def test_a_tab_in_an_option_is_an_error(tmp_path: Path) -> None:
@@ -189,7 +210,7 @@ def test_a_tab_in_an_option_is_an_error(tmp_path: Path) -> None:
 
 
 def test_ranges_of_tasks() -> None:
-    assert [compact(text) for text in ("", "3", "0,1,2", "0,2,3,7")] == ["", "3", "0-2", "0,2-3,7"]
+    assert [compact(tasks) for tasks in ([], [3], [1, 0, 2], [0, 2, 3, 7])] == ["", "3", "0-2", "0,2-3,7"]
 
 
 def test_stubs_are_python(repository: Path) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from w2r2_ds.diagnostics.ablation.plan import Plan, Run
 from w2r2_ds.utils.files import atomic_io
+from w2r2_ds.utils.files.json_io import read_json_object
 from w2r2_ds.utils.files.output_folder import make_folder
 
 TASKS = "slurm"
@@ -75,43 +76,59 @@ def launcher(devices: Devices, port: int) -> list[str]:
     return ["deepspeed", *ranks, "--master_port", str(port)]
 
 
-def write_array(plan: Plan) -> list[Path]:
-    """Write the commands of every run for slurm/ablate.sbatch, which needs no Python; returns the files, by task.
+def write_array(plan: Plan) -> list[int]:
+    """Write the commands of every run for slurm/ablate.sbatch, which needs no Python.
 
-    A file has a command per line, its words separated by tabs: ``train`` and options, then ``evaluate``, the folder of
-    its scores, and options.
+    OUT/slurm/tasks.json    folders of the runs; the number of a task is the index of its run
+              task-N.txt    a command per line, its words separated by tabs: ``train`` and options, then ``evaluate``,
+                            the name of the evaluation, and options
+
+    A run keeps its number when arms or seeds are added: tasks of an array that is waiting read their files later.
+
+    Returns:
+        The numbers of the tasks of unfinished runs, in the order of the plan.
 
     Raises:
         ValueError: a word contains a tab or a newline.
     """
     folder = plan.out / TASKS
     make_folder(folder)
-    for old in folder.glob("task-*.txt"):
-        old.unlink()  # of an earlier command with more runs
-    files = []
-    for index, run in enumerate(plan.runs):
+    file = folder / "tasks.json"
+    numbers = {name: index for index, name in enumerate(read_json_object(file)["runs"] if file.is_file() else [])}
+    for run in plan.runs:
+        numbers.setdefault(str(run.folder.relative_to(plan.out)), len(numbers))
+    atomic_io.replace(file, json.dumps({"runs": list(numbers)}, indent=2) + "\n")
+    unfinished = []
+    for run in plan.runs:
         lines = [["train", "--deepspeed", plan.deepspeed, *plan.words_of_training(run)]]
-        for name in plan.evaluations:
-            lines.append(["evaluate", str(run.folder / "evaluation" / name), *plan.words_of_evaluation(run, name)])
+        lines += [["evaluate", name, *plan.words_of_evaluation(run, name)] for name in plan.evaluations]
         for word in (word for line in lines for word in line):
             if not word or any(character in word for character in "\t\n"):
                 raise ValueError(f"--slurm: the option {word!r} is empty or contains a tab or a newline.")
-        files.append(folder / f"task-{index}.txt")
-        atomic_io.replace(files[-1], "".join("\t".join(line) + "\n" for line in lines))
-    return files
+        number = numbers[str(run.folder.relative_to(plan.out))]
+        atomic_io.replace(folder / f"task-{number}.txt", "".join("\t".join(line) + "\n" for line in lines))
+        if not plan.is_finished(run):
+            unfinished.append(number)
+    return unfinished
 
 
-def array_command(plan: Plan) -> str:
-    """The sbatch command of the array."""
-    tasks = ",".join(str(index) for index, run in enumerate(plan.runs) if not plan.is_finished(run))
-    return shlex.join(["sbatch", f"--array={compact(tasks)}", "slurm/ablate.sbatch", str(plan.out)])
+def array_command(plan: Plan, tasks: Sequence[int], ranks: int, gpus: bool) -> str:
+    """The sbatch command of the array.
+
+    Args:
+        plan: the ablation.
+        tasks: numbers of the tasks, at least one.
+        ranks: ranks of a run.
+        gpus: whether every rank has a GPU.
+    """
+    resources = [f"--ntasks-per-node={ranks}", *([f"--gpus-per-node={ranks}"] if gpus else [])]
+    return shlex.join(["sbatch", f"--array={compact(tasks)}", *resources, "slurm/ablate.sbatch", str(plan.out)])
 
 
-def compact(tasks: str) -> str:
-    """Consecutive numbers of a comma-separated list as ranges, as sbatch reads them: ``0,1,2,5`` -> ``0-2,5``."""
-    numbers = [int(number) for number in tasks.split(",") if number]
+def compact(numbers: Sequence[int]) -> str:
+    """Numbers as sbatch reads them, consecutive ones as ranges: 5, 0, 1, 2 -> ``0-2,5``."""
     ranges: list[list[int]] = []
-    for number in numbers:
+    for number in sorted(numbers):
         if ranges and ranges[-1][1] == number - 1:
             ranges[-1][1] = number
         else:

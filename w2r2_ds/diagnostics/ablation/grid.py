@@ -37,8 +37,9 @@ class Arm:
     """One combination of values.
 
     Attributes:
-        name: values of its options, such as ``lambda_det=0.5,mu=0.7``; unique in an ablation.
-        options: dotted option -> value.
+        name: values of its options, such as ``lambda_det=0.5,mu=0.7``; unique in an ablation, and equal in every grid
+            that has these values, because it is the name of a folder.
+        options: dotted option -> value, in alphabetical order.
     """
 
     name: str
@@ -99,15 +100,15 @@ def arms_of(grids: Sequence[Grid]) -> list[Arm]:
     """
     for name in dict.fromkeys(option for grid in grids for option in grid):
         _check_option(str(name))
-    labels = _labels([str(name) for grid in grids for name in grid])
     arms: dict[str, Arm] = {}
     for grid in grids:
         values = [value if isinstance(value, list) else [value] for value in grid.values()]
         if empty := [name for name, found in zip(grid, values, strict=True) if not found]:
             raise ValueError(f"--grid: {empty[0]} has no values.")
         for combination in itertools.product(*values):
-            chosen = dict(zip(map(str, grid), combination, strict=True))
-            arm = Arm(",".join(f"{labels[name]}={value_text(value)}" for name, value in chosen.items()), chosen)
+            given = dict(zip(map(str, grid), combination, strict=True))
+            chosen = {name: _canonical(name, given[name]) for name in sorted(given)}
+            arm = Arm(",".join(f"{_label(name)}={value_text(value)}" for name, value in chosen.items()), chosen)
             if arms.setdefault(arm.name, arm).options != chosen:
                 raise ValueError(f"--grid has two different arms with the name {arm.name}; write their values apart.")
     return list(arms.values())
@@ -143,8 +144,23 @@ def _check_option(name: str) -> None:
         raise ValueError(f"--grid: there is no option {name}{did_you_mean(name, options(RunConfig))}.")
 
 
-def _labels(names: Sequence[str]) -> dict[str, str]:
-    """Option -> its last part if that is unique among the options, else the option itself."""
-    unique = list(dict.fromkeys(names))
-    lasts = [name.rpartition(".")[2] for name in unique]
-    return {name: last if lasts.count(last) == 1 else name for name, last in zip(unique, lasts, strict=True)}
+def _canonical(name: str, value: Any) -> Any:
+    """The value of an option, written in one way: whole numbers as int, keys sorted, values of text options as text."""
+    known = options(RunConfig)
+    return str(value) if name in known and known[name].text else _plain(value)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(value[key]) for key in sorted(value, key=str)}
+    if isinstance(value, list):
+        return [_plain(each) for each in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _label(name: str) -> str:
+    """The last part of an option if no other option has it, else two parts; those of a push term have two."""
+    # Not only among the options of this grid: another option in it would rename the other arms, and their folders.
+    section, _, last = name.rpartition(".")
+    unique = sum(other.rpartition(".")[2] == last for other in options(RunConfig)) <= 1
+    return last if unique and not in_free_section(name) else f"{section.rpartition('.')[2]}.{last}"

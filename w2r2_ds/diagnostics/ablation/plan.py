@@ -1,6 +1,6 @@
 """Runs of an ablation and their folders; which of them are finished.
 
-OUT/ablation.json                    what all runs share; a later command with another value is an error
+OUT/ablation.json                    what all runs share (identity.py); a later command with another value is an error
     runs/ARM/seed-S/                 a run of launchers/train.py, and log.txt, the output of its commands
     runs/ARM/seed-S/evaluation/NAME  scores and predictions of launchers/evaluate.py
     results.json, plots.html         the comparison of the arms
@@ -8,7 +8,6 @@ OUT/ablation.json                    what all runs share; a later command with a
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,12 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from w2r2_ds.diagnostics.ablation.grid import Arm, option_words
-from w2r2_ds.training.checkpoint.manifest import is_newer, is_trained, newest
-from w2r2_ds.utils.files import atomic_io
+from w2r2_ds.training.checkpoint.manifest import is_trained, newest, weights_sha256
 from w2r2_ds.utils.files.json_io import read_json_object
-from w2r2_ds.utils.files.output_folder import make_folder
 
-IDENTITY = "ablation.json"
 EVALUATIONS = {"fused": {"geometry": "fused"}, "zero": {"geometry": "zero"}}
 """Default evaluations of every run: name -> options of launchers/evaluate.py."""
 
@@ -99,20 +95,16 @@ class Plan:
         """Options of launchers/evaluate.py."""
         options = [f"--{option}={value}" for option, value in self.evaluations[name].items()]
         paths = [f"--checkpoint={run.folder}", f"--out={evaluation_folder(run, name)}"]
-        return [*self._plugin_words(), *paths, *options]
+        # Only `launchers/evaluate.py` knows whether finished files belong to these weights, data and options.
+        return [*self._plugin_words(), *paths, *options, "--reuse=true"]
 
     def needs_training(self, run: Run) -> bool:
         """Whether the run has no checkpoint of its last step."""
         return not is_trained(run.folder, self.steps[run.arm.name])
 
     def missing_evaluations(self, run: Run) -> list[str]:
-        """Names of the evaluations of a trained run without scores that are at least as new as its checkpoint."""
-        checkpoint = newest(run.folder)
-        return [
-            name
-            for name in self.evaluations
-            if checkpoint is None or not any(is_newer(file, checkpoint) for file in score_files(run, name))
-        ]
+        """Names of the evaluations of which the run has no scores of its newest checkpoint."""
+        return [name for name in self.evaluations if read_score_file(run, name) is None]
 
     def is_finished(self, run: Run) -> bool:
         """Whether the run is trained and evaluated."""
@@ -127,39 +119,20 @@ def evaluation_folder(run: Run, name: str) -> Path:
     return run.folder / "evaluation" / name
 
 
-def score_files(run: Run, name: str) -> list[Path]:
-    """Score files of one evaluation of a run: one, or none."""
-    return sorted(evaluation_folder(run, name).glob("scores-*.json"))
-
-
-def check_identity(out: Path, shared: Mapping[str, Any], evaluations: Mapping[str, Mapping[str, Any]]) -> None:
-    """Compare what all runs share with that of the runs that `out` has, and write it; arms and seeds may be added.
-
-    Args:
-        out: folder of the ablation.
-        shared: dotted option or name -> value, equal for all runs.
-        evaluations: name -> options; others than those of an earlier command may be added.
+def read_score_file(run: Run, name: str) -> tuple[Path, dict[str, Any]] | None:
+    """The score file of one evaluation of a run and its content; None if there is none of the newest checkpoint.
 
     Raises:
-        ValueError: a value differs, so that the runs would not be comparable; the message names it.
+        ValueError: there are two.
     """
-    file = out / IDENTITY
-    wanted = json.loads(json.dumps({"shared": shared, "evaluations": evaluations}))  # tuples become lists, as read
-    if file.is_file():
-        found = read_json_object(file)
-        for name in dict.fromkeys([*wanted["shared"], *found["shared"]]):
-            old, new = found["shared"].get(name), wanted["shared"].get(name)
-            if old != new:
-                raise ValueError(
-                    f"{file}: {name} was {old!r} and is {new!r} now, so the runs would not be comparable; pass another "
-                    "--out, or the old value."
-                )
-        for name, options in wanted["evaluations"].items():
-            if found["evaluations"].get(name, options) != options:
-                raise ValueError(
-                    f"{file}: the evaluation {name} had other options ({found['evaluations'][name]}); choose another "
-                    "name for it."
-                )
-        wanted["evaluations"] = found["evaluations"] | wanted["evaluations"]
-    make_folder(out)
-    atomic_io.replace(file, json.dumps(wanted, indent=2) + "\n")
+    checkpoint = newest(run.folder)
+    if checkpoint is None:
+        return None
+    weights = weights_sha256(checkpoint)
+    files = sorted(evaluation_folder(run, name).glob("scores-*.json"))
+    contents = {file: read_json_object(file) for file in files}
+    # Other files: of a checkpoint of fewer steps, or of `w2r2 evaluate --score_only`, which have no weights.
+    own = [each for each in contents.items() if (each[1].get("run") or {}).get("weights") == weights]
+    if len(own) > 1:
+        raise ValueError(f"{own[0][0]} and {own[1][0]} are of the same evaluation; remove one of them.")
+    return own[0] if own else None

@@ -6,13 +6,15 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from w2r2_ds.diagnostics.ablation.plan import Plan, Run, score_files
+from w2r2_ds.diagnostics.ablation.plan import Plan, read_score_file
 from w2r2_ds.evaluation.protocols.registry import find_protocol
 from w2r2_ds.evaluation.scoring import headline, score_records
-from w2r2_ds.utils.files.json_io import read_json_object, read_jsonl
+from w2r2_ds.training.checkpoint.manifest import newest, read_manifest
+from w2r2_ds.utils.files.json_io import read_jsonl
 
 logger = logging.getLogger(__name__)
 
@@ -60,18 +62,25 @@ def read_results(plan: Plan, metrics: tuple[str, ...] = ()) -> dict[str, dict[in
         metrics: parts of metric names; only metrics that contain one of them are read. Empty for all.
 
     Raises:
-        ValueError: a score file cannot be read, or no metric has one of the parts.
+        ValueError: a score file cannot be read, no metric has one of the parts, or two runs have other data.
     """
     results: dict[str, dict[int, RunScores]] = {arm.name: {} for arm in plan.arms}
     found: set[str] = set()
+    first: dict[str, tuple[Path, Any]] = {}
     for run in plan.runs:
-        if plan.needs_training(run):
+        checkpoint = newest(run.folder)
+        if checkpoint is None or plan.needs_training(run):
             continue
+        # Arms may differ in their training sets; runs with the same ones must have read the same samples.
+        training = f"training on {run.arm.options.get('data.train', 'data.train')}"
+        _check_same_data(first, training, checkpoint, read_manifest(checkpoint)["data"])
         scores: RunScores = {}
-        missing = set(plan.missing_evaluations(run))
         for name in plan.evaluations:
-            if name not in missing:
-                scores |= read_scores(run, name, metrics, found)
+            if (evaluated := read_score_file(run, name)) is not None:
+                file, content = evaluated
+                digests = [prepared["manifest"] for prepared in content["data"]]
+                _check_same_data(first, f"evaluation {name}", file, digests)
+                scores |= read_scores(file, name, content["protocols"], metrics, found)
         if scores:
             results[run.arm.name][run.seed] = scores
     if metrics and found and not any(results.values()):
@@ -81,10 +90,28 @@ def read_results(plan: Plan, metrics: tuple[str, ...] = ()) -> dict[str, dict[in
     return results
 
 
-def read_scores(run: Run, name: str, metrics: tuple[str, ...], found: set[str]) -> RunScores:
-    """Scores of one evaluation of a run; the names of all its metrics are added to `found`."""
-    (file,) = score_files(run, name)
-    results = read_json_object(file)["protocols"]
+def _check_same_data(first: dict[str, tuple[Path, Any]], use: str, file: Path, data: Any) -> None:
+    """Raise ValueError if the data differ from those of the first run with this use, which are added to `first`."""
+    other, expected = first.setdefault(use, (file, data))
+    if data != expected:
+        raise ValueError(
+            f"{file} and {other} have other data ({use}), because a set was prepared again, so the runs are not "
+            "comparable; remove the folders of the older runs, and run them again."
+        )
+
+
+def read_scores(
+    file: Path, name: str, results: Mapping[str, Any], metrics: tuple[str, ...], found: set[str]
+) -> RunScores:
+    """Scores of one evaluation of a run.
+
+    Args:
+        file: score file.
+        name: name of the evaluation.
+        results: ``protocols`` of the file.
+        metrics: as for `read_results`.
+        found: the names of all metrics are added to it.
+    """
     scores: RunScores = {}
     wanted: dict[str, dict[str, float]] = {}
     for protocol, result in results.items():

@@ -22,7 +22,7 @@ from typing import Any
 
 from w2r2_ds.utils.files import atomic_io
 from w2r2_ds.utils.files.atomic_io import Digest
-from w2r2_ds.utils.files.hashing import json_sha256
+from w2r2_ds.utils.files.hashing import json_sha256, named_sha256
 from w2r2_ds.utils.files.json_io import read_json
 
 TENSORS = "trainable.safetensors"
@@ -230,6 +230,15 @@ def is_trained(run: str | Path, steps: int) -> bool:
     """
     found = newest(run)
     return found is not None and found.name == step_folder(run, steps).name
+
+
+def weights_sha256(checkpoint: Path) -> str:
+    """SHA-256 of the trained tensors as the manifest states it; equal to that of the score files of their evaluations.
+
+    Raises:
+        ValueError: the manifest cannot be read.
+    """
+    return named_sha256({TENSORS: read_manifest(checkpoint)["files"][TENSORS]["sha256"]})
 
 
 def is_newer(file: Path, checkpoint: Path) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +31,13 @@ def file_sha256(path: Path) -> str:
 
 def files_sha256(paths: Iterable[Path], root: Path) -> str:
     """Hexadecimal SHA-256 over the contents of several files and their paths relative to `root`, in sorted order."""
-    digest = hashlib.sha256()
-    for path in sorted(paths):
-        digest.update(f"{path.relative_to(root)}\0{file_sha256(path)}\n".encode())
-    return digest.hexdigest()
+    return named_sha256({str(path.relative_to(root)): file_sha256(path) for path in paths})
+
+
+def named_sha256(digests: Mapping[str, str]) -> str:
+    """The result of `files_sha256` for files whose SHA-256 is known: path relative to `root` -> SHA-256."""
+    lines = (f"{name}\0{digests[name]}\n" for name in sorted(digests, key=Path))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def json_sha256(value: Any) -> str:
