@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tokenizers import AddedToken
 
 from w2r2_ds.data import visual_inputs
 from w2r2_ds.data.images import input_bytes, load_resized
@@ -137,6 +139,23 @@ def test_a_sample_without_frames(frontend: Any, data_config: Any, text_samples: 
         assert features.visual.grid_thw.shape == (0, 3) and features.visual.grid_thw.dtype == torch.int64
         assert features.visual.geometry_frames is None and not features.token_types.any()
     assert text_of(frontend, features.input_ids[features.what]).strip() == "The sofa."
+
+
+def test_added_tokens_that_are_not_special_are_text(frontend: Any, data_config: Any, samples: list[Any]) -> None:
+    """A sentence of the prompt as one token; only special added tokens must not be in a text."""
+    tokenizer = copy.deepcopy(frontend.tokenizer)
+    sentence, mark = samples[0].question[: samples[0].what[0]].rstrip(), "<|mark|>"
+    tokenizer.add_tokens([AddedToken(sentence, normalized=False, special=False)])
+    tokenizer.add_tokens([AddedToken(mark, normalized=False, special=True)])
+    short = make_processor(replace(frontend, tokenizer=tokenizer), data_config())
+    plain = make_processor(frontend, data_config())(samples[0], True)
+    features = short(samples[0], True)
+    words = len(frontend.tokenizer(sentence, add_special_tokens=False)["input_ids"])
+    assert words > 5 and len(features.input_ids) == len(plain.input_ids) - words + 1
+    assert tokenizer.decode(features.input_ids[features.what]) == text_of(frontend, plain.input_ids[plain.what])
+    short.check(samples[0], [(56, 56)] * len(samples[0].frames), True)
+    with pytest.raises(ValueError, match=r"Sample four: .*special token '<\|mark\|>'"):
+        short(replace(samples[0], answer=mark), with_answer=True)
 
 
 @pytest.mark.parametrize("token", ["<|image_pad|>", "<|im_end|>", "<|vision_start|>", "<|video_pad|>"])

@@ -21,14 +21,17 @@ POSITIVE = np.array([3.1, 4.2, 1.9, 1.6, 2.2, 1.4, 0, 0, 0])
 """A box without negative numbers: its expected size is positive even if no token is likely."""
 
 
-def in_world(sample: Any, box: np.ndarray, description: str = "the red chair.", **changes: Any) -> Any:
+def in_world(
+    sample: Any, box: np.ndarray, description: str = "the red chair.", decimals: int = 2, **changes: Any
+) -> Any:
     """The sample with Video-3D-LLM's question and answer for a ``[9]`` axis-aligned world box, and without poses."""
     return replace(
         sample,
         id=f"{sample.id} in world",
         cam_to_world=np.full_like(sample.cam_to_world, np.nan),
         question=question_text(description, WORLD_QUESTION),
-        answer=world_answer_text(box),
+        answer=world_answer_text(box, decimals),
+        decimals=decimals,
         target=replace(sample.target, box=box),
         what=description_span(description, WORLD_QUESTION),
         box_format="world",

@@ -95,6 +95,25 @@ def test_numbers_of_a_mixed_batch(
     assert torch.equal(numbers[1], alone[0]) and not numbers[2].any()
 
 
+def test_answers_of_one_and_of_two_decimals_in_one_batch(batch_of: Any, samples: list[Any], tables: Any) -> None:
+    """The token layout is that of each label: the numbers are the label's, and a wrong last digit is 0.1 off."""
+    box = POSITIVE + np.repeat([0.022, 0.0], [6, 3])
+    worlds = [in_world(sample, box, decimals=each) for sample, each in zip(samples, (1, 2), strict=False)]
+    assert [world.answer for world in worlds] == ["2.3,3.1,1.2,3.9,5.3,2.6", "2.31,3.11,1.21,3.93,5.33,2.63"]
+    batch = batch_of(worlds)
+    rows = batch.answer_positions
+    expected = expected_numbers(sure(rows.label, len(tables.digit)), rows, tables)
+    for index, world in enumerate(worlds):
+        assert expected[index, SIX].tolist() == pytest.approx(numbers_of(world), abs=1e-12)
+        parsed = TASKS["scanrefer"].parse(world.answer, 0, "world").box
+        overlap = expected_overlap(sure(rows.label, len(tables.digit)), batch, tables)[0][index]
+        assert float(overlap) == pytest.approx(aabb_iou(parsed, world.target.box[:6]), abs=1e-6)
+    predicted = rows.label.clone()
+    last = int(rows.digit[0, 0, 2])
+    predicted[last] = rows.label[rows.digit[0, 0, 0]]  # 2.2 for the label 2.3, with half a unit
+    assert float(predicted_numbers(predicted, rows, tables)[0, 0]) == pytest.approx(2.25)
+
+
 @pytest.mark.parametrize(
     ("number", "position", "text", "value"),
     [

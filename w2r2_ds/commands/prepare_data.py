@@ -13,7 +13,7 @@ from w2r2_ds.data.frames.selection import FrameOptions
 from w2r2_ds.data.tasks.base import TASKS, TaskOptions
 
 TASK_OPTIONS = (
-    *("format", "frames", "rolls", "visibility", "boxes", "box_angles", "skip_without_box"),
+    *("format", "frames", "rolls", "visibility", "boxes", "box_angles", "decimals", "skip_without_box"),
     *("count", "interval", "step", "windows", "train_windows", "seed"),
 )
 """Parameters of `prepare_task` that are options of some tasks only, see `Task.cli_options`."""
@@ -39,6 +39,7 @@ def prepare_task(
     visibility: Literal["embodiedscan", "depth"] = "embodiedscan",
     boxes: Literal["proposals", "annotated"] = "proposals",
     box_angles: Literal["vgllm", "nearest_heading"] = "vgllm",
+    decimals: int = 2,
     count: int = 4,
     interval: int = 3,
     step: int = 10,
@@ -69,6 +70,7 @@ def prepare_task(
         box_angles: description of an answer's box in format vgllm. A quarter turn about the vertical, with two sizes
             exchanged, gives the same box: nearest_heading takes the turn that is nearest to the camera's heading,
             vgllm does not turn it, as VG-LLM.
+        decimals: digits after the decimal point of coordinates in format video3dllm, 1 or 2.
         count: number of frames per sample.
         interval: a sample has every interval-th frame of a sequence of neighbouring frames.
         step: difference between the numbers of neighbouring frames; 10 if every tenth image was extracted.
@@ -107,6 +109,7 @@ def prepare_task(
             visibility=visibility,
             boxes=boxes,
             box_angles=box_angles,
+            decimals=decimals,
             interval=interval,
             step=step,
             windows=train_windows if split == "train" else windows,

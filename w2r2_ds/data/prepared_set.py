@@ -94,6 +94,8 @@ class PreparedSet(Sequence[Sample]):
     def __init__(self, folder: Path | str, root: Path | str) -> None:
         self.folder, self.root = Path(folder), Path(root)
         self.manifest = read_manifest(self.folder)
+        # Only sets with world coordinates have this option, and not those of before the option.
+        self._decimals = int(self.manifest.get("options", {}).get("decimals", 2))
         files = sorted(self.folder.glob("*.parquet"))
         with ThreadPoolExecutor(READERS) as pool:
             scenes = list(pool.map(_read_scene, files))
@@ -155,6 +157,7 @@ class PreparedSet(Sequence[Sample]):
             target=_target(row["target"]),
             kind=row["kind"],
             box_format=row["box_format"],
+            decimals=self._decimals,
             what=(begin, end),
             references=tuple(Reference(r["text"], tuple(r["words"])) for r in row["references"]),
             objects=tuple(LabeledBox(o["label"], np.array(o["box"])) for o in row["objects"]),

@@ -96,7 +96,9 @@ class Processor:
         self.end_of_turn = family.end_of_turn
         self._templates: dict[int, tuple[str, str]] = {}  # number of frames -> chat text before and after the question
         self._template_tokens: dict[int, int] = {}  # number of frames -> tokens of these texts, placeholders unexpanded
-        self.special_tokens = sorted({*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()})
+        # Added tokens that are not special, such as whole sentences of a prompt, are ordinary text.
+        added = tokenizer.added_tokens_decoder.values()
+        self.special_tokens = sorted({*tokenizer.all_special_tokens, *(str(token) for token in added if token.special)})
         if not tokenizer.is_fast:
             raise ValueError(
                 f"{type(tokenizer).__name__} gives no character offsets, which digit tokens need; "

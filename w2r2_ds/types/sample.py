@@ -80,6 +80,7 @@ class Sample:
         target: the object that the question refers to, or that a caption describes; None if there is none.
         kind: kind of the answer.
         box_format: numbers of the answer, if `kind` is ``grounding``; not used for other kinds.
+        decimals: digits after the decimal point of world coordinates in `question` and `answer`; not used for others.
         what: span ``[begin, end)``, in characters of `question`, of the *what* tokens: the description of the target.
             Empty (``begin == end``) if there is none.
         references: texts that a generated caption or short answer is scored against.
@@ -96,6 +97,7 @@ class Sample:
     target: Target | None = None
     kind: Kind = "grounding"
     box_format: BoxFormat = "camera"
+    decimals: int = 2
     what: tuple[int, int] = (0, 0)
     references: tuple[Reference, ...] = ()
     objects: tuple[LabeledBox, ...] = ()

@@ -47,6 +47,17 @@ def test_samples_are_in_the_order_of_the_annotations(scenes: Path) -> None:
     assert not list((scenes / "out").glob("*.partial"))
 
 
+@pytest.mark.parametrize("task", ["scanrefer", "scan2cap"])
+def test_decimals_are_in_the_manifest_and_the_samples(scenes: Path, task: str) -> None:
+    world = replace(DEPTH, task=task, format="video3dllm")
+    for decimals in (2, 1):
+        done = prepare(scenes, replace(world, decimals=decimals), scenes / f"out{decimals}", quiet=True)
+        assert done.manifest["options"]["decimals"] == decimals
+        assert {sample.decimals for sample in PreparedSet(done.folder, scenes)} == {decimals}
+    with pytest.raises(ValueError, match="decimals is 1 there and 2 here"):
+        prepare(scenes, world, scenes / "out1", quiet=True)
+
+
 def test_the_manifest_has_options_inputs_counts_and_files(scenes: Path) -> None:
     manifest = prepare(scenes, DEPTH, scenes / "out", quiet=True).manifest
     assert (manifest["task"], manifest["format"], manifest["split"]) == ("scanrefer", "vgllm", "train")

@@ -238,6 +238,9 @@ def test_the_command_prepares_checks_and_forecasts(
         assert "00001.txt" in capsys.readouterr().out
     assert run(monkeypatch, *options, "--format", "video3dllm", "--box_angles", "nearest_heading") == 1
     assert "--box_angles is nearest_heading, but boxes of format video3dllm" in capsys.readouterr().err
+    for decimals, form in (("3", "video3dllm"), ("1", "vgllm")):
+        assert run(monkeypatch, *options, "--format", form, "--decimals", decimals) == 1
+        assert f"--decimals is {decimals}" in capsys.readouterr().err
     assert run(monkeypatch, *options, "--format", "video3dllm", "--rolls", "2") == 1
     assert "--rolls is 2, but only format vgllm has rolls" in capsys.readouterr().err
 

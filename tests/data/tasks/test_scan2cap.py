@@ -9,7 +9,9 @@ import pytest
 
 from hand_scene import CAMERA, SCENE, entry, prepared_items, reasons, write_annotations, write_proposals
 from w2r2_ds.data.frames.selection import FrameOptions
+from w2r2_ds.data.tasks.base import TASKS
 from w2r2_ds.data.tasks.scan2cap import best_proposal, question_text
+from w2r2_ds.models.geometry.point_transforms import world_change
 from w2r2_ds.types.sample import Reference
 
 BOX = np.array([2.0, 5.0, 1.0, 0.8, 0.6, 1.0, 0.0, 0.0, 0.0])
@@ -21,6 +23,17 @@ def test_prompt_and_answer_strings() -> None:
         "\nCarefully watch the video and describe the object located at [1.0, 0.5, 3.0] in detail."
     )
     assert question_text(BOX + 0.004) == "Given an object located at [2.0, 5.0, 1.0] , describe the object in detail."
+
+
+def test_positions_in_the_world_with_one_decimal(root: Path) -> None:
+    """Prepared, and changed with its world."""
+    write_annotations(root, ENTRIES)
+    made = prepared_items(root, "scan2cap", format="video3dllm", decimals=1)[0]
+    third = world_change(1 / 3, (0.0, 0.0, 0.0), 0.0)
+    changed = TASKS["scan2cap"].change_world(made, third)
+    for sample, place in ((made, "[2.0, 5.0, 1.0]"), (changed, "[0.7, 1.7, 0.3]")):
+        assert sample.question == f"Given an object located at {place} , describe the object in detail."
+        assert sample.decimals == 1
 
 
 def test_training_has_a_sample_per_description(root: Path) -> None:

@@ -9,8 +9,9 @@ import pytest
 
 from hand_scene import SCENE, entry, prepared_items, reasons, write_annotations, write_infos
 from w2r2_ds.data.frames.selection import FrameOptions
-from w2r2_ds.data.tasks.base import AnnotationMismatch
+from w2r2_ds.data.tasks.base import TASKS, AnnotationMismatch
 from w2r2_ds.data.tasks.scanrefer import WORLD_QUESTION, answer_text, description_span, question_text, world_answer_text
+from w2r2_ds.models.geometry.point_transforms import world_change
 from w2r2_ds.types.sample import Sample
 
 CHAIR, TABLE, LAMP = entry(), entry(4, "table", 1, "the table."), entry(3, "lamp", 0, "a hidden lamp.")
@@ -36,6 +37,19 @@ def test_strings_are_video3dllms() -> None:
         "Output the answer in the format x_min,y_min,z_min,x_max,y_max,z_max"
     )
     assert world_answer_text(np.array([2.0, -5.0, 1.0, 0.8, 0.61, 1.0])) == "1.6,-5.3,0.5,2.4,-4.7,1.5"
+
+
+def test_world_boxes_with_one_decimal(root: Path) -> None:
+    """Prepared, and changed with its world."""
+    write_annotations(root, [CHAIR])
+    two, one = (prepared_items(root, "scanrefer", format="video3dllm", decimals=each)[0] for each in (2, 1))
+    assert (two.answer, two.decimals) == ("1.6,4.7,0.5,2.4,5.3,1.5", 2)
+    assert (one.answer, one.decimals) == ("1.6,4.7,0.5,2.4,5.3,1.5", 1)
+    third = world_change(1 / 3, (0.0, 0.0, 0.0), 0.0)
+    assert TASKS["scanrefer"].change_world(two, third).answer == "0.53,1.57,0.17,0.8,1.77,0.5"
+    assert TASKS["scanrefer"].change_world(one, third).answer == "0.5,1.6,0.2,0.8,1.8,0.5"
+    flat = np.array([2.0, -5.0, 1.0, 0.04, 0.61, 1.0])
+    assert world_answer_text(flat, 1) == "2.0,-5.3,0.5,2.1,-4.7,1.5"  # a side is at least one unit
 
 
 @pytest.mark.parametrize("template", [None, WORLD_QUESTION])

@@ -286,6 +286,7 @@ def prepare_scene(root: Path, options: TaskOptions, job: Job, skip_without_box: 
     check_objects(scene, job)
     if not prepared or job.items:  # else all items were skipped, and the task would prepare an empty job
         fields: dict[str, Any] = {"kind": task.kind(options), "box_format": task.box_format(options)}
+        fields["decimals"] = options.decimals
         prepared += [
             (number, replace(item, **fields) if isinstance(item, Sample) else item)
             for number, item in task.make_samples(scene, job, options)

@@ -77,6 +77,13 @@ def check_options(options: TaskOptions) -> None:
             f"--box_angles is {options.box_angles}, but boxes of format {options.format} have no angles; omit the "
             "option or use format vgllm."
         )
+    if options.decimals not in (1, 2):
+        raise ValueError(f"--decimals is {options.decimals}; it must be 1 or 2.")
+    if options.decimals != 2 and options.format != "video3dllm":
+        raise ValueError(
+            f"--decimals is {options.decimals}, but only coordinates of format video3dllm have this option; format "
+            f"{options.format} has two decimals."
+        )
     options.frames.check()
 
 

@@ -52,6 +52,7 @@ class TaskOptions:
         boxes: box whose centre is in the prompt (Scan2Cap, validation): the best proposal, or the annotated box.
         box_angles: which of the four equal descriptions of a box is the answer (ScanRefer, format vgllm): the annotated
             one as in VG-LLM, or the one nearest to the camera's heading.
+        decimals: digits after the decimal point of world coordinates (format video3dllm), 1 or 2.
         interval: spacing of a window's frames in a run of neighbouring frames (detection).
         step: difference of the numbers of neighbouring frames (detection).
         windows: maximum number of windows per scene (detection); 0 for all.
@@ -65,6 +66,7 @@ class TaskOptions:
     visibility: Literal["embodiedscan", "depth"] = "embodiedscan"
     boxes: Literal["proposals", "annotated"] = "proposals"
     box_angles: Literal["vgllm", "nearest_heading"] = "vgllm"
+    decimals: int = 2
     interval: int = 3
     step: int = 10
     windows: int = 0

@@ -3,7 +3,7 @@
 Format ``vgllm``: the position is the centre of the box in the camera of the first frame, metres (LaVi-Lab/VG-LLM
 ``process_scan2cap.py``). As in VG-LLM, the frames need not show the object, except in training with the frame protocol
 ``scene_sets``, where one does. Format ``video3dllm``: the centre in the axis-aligned world. Video-3D-LLM replaces
-``<coord>`` in its prompt by a position embedding; here the numbers are written as text.
+``<coord>`` in its prompt by a position embedding; here the numbers are written as text, with option `decimals`.
 
 Training: one sample per description, at the annotated box. Validation: one sample per object (``scene|object|name`` of
 the annotations), at the detected box with the largest IoU, or at the annotated one; all descriptions of the object are
@@ -65,15 +65,16 @@ WORLD_QUESTION = "Given an object located at {place} , describe the object in de
 """Video-3D-LLM's prompt, with its space before the comma."""
 
 
-def question_text(box: np.ndarray, cam_to_world: np.ndarray | None = None) -> str:
+def question_text(box: np.ndarray, cam_to_world: np.ndarray | None = None, decimals: int = 2) -> str:
     """The text of the prompt after the frames.
 
     Args:
         box: ``[9]`` world box of the object.
         cam_to_world: ``[4, 4]`` of the first frame; None for world coordinates.
+        decimals: digits to round world coordinates to.
     """
     if cam_to_world is None:
-        return WORLD_QUESTION.format(place=rounded(box[:3]))
+        return WORLD_QUESTION.format(place=rounded(box[:3], decimals))
     return QUESTION.format(place=rounded(world_to_camera(box, cam_to_world)[:3]))
 
 
@@ -138,7 +139,7 @@ def _hidden_sample(scene: Scene, proposed: ProposedObject, options: TaskOptions)
         task="scan2cap",
         scene_id=proposed.scene_id,
         **frame_fields([scene.frames[p] for p in chosen]),
-        question=question_text(box, first if options.format == "vgllm" else None),
+        question=question_text(box, first if options.format == "vgllm" else None, options.decimals),
         answer="",
     )
 
@@ -164,13 +165,13 @@ def _sample(
     chosen = frames_or_skip(scene, description, key, options, visibility)
     if isinstance(chosen, SkippedItem):
         return chosen
-    first = scene.frames[chosen[0]].cam_to_world
+    first = scene.frames[chosen[0]].cam_to_world if options.format == "vgllm" else None
     return Sample(
         id=key,
         task="scan2cap",
         scene_id=description.scene_id,
         **frame_fields([scene.frames[p] for p in chosen]),
-        question=question_text(np.concatenate([described, np.zeros(3)]), first if options.format == "vgllm" else None),
+        question=question_text(np.concatenate([described, np.zeros(3)]), first, options.decimals),
         answer=description.text.capitalize(),
         target=target_of(
             scene, job, description, description.ann_id if options.split == "train" else "", described.copy()
@@ -185,6 +186,7 @@ class Scan2Cap(DescriptionTask):
 
     name = "scan2cap"
     published: ClassVar = {"train": 36665, "val": 2068}
+    cli_options = (*DescriptionTask.cli_options, "decimals")
 
     def annotations(self, root: Path, options: TaskOptions) -> InputFile:
         if is_hidden(options):
@@ -241,8 +243,8 @@ class Scan2Cap(DescriptionTask):
         assert moved.target is not None and moved.target.described is not None
         box, changed = (np.concatenate([each.described, np.zeros(3)]) for each in (sample.target, moved.target))
         # The format of a sample is not stored, but its question has the position in one of two coordinate systems.
-        if sample.question == question_text(box):
-            return replace(moved, question=question_text(changed))
+        if sample.question == question_text(box, decimals=sample.decimals):
+            return replace(moved, question=question_text(changed, decimals=sample.decimals))
         return replace(moved, question=question_text(changed, moved.cam_to_world[0]))
 
     def unit(self, options: TaskOptions) -> str:
@@ -269,4 +271,5 @@ class Scan2Cap(DescriptionTask):
         return is_validation(options.split) and options.boxes == "proposals"
 
     def recorded_options(self, options: TaskOptions) -> dict[str, Any]:
-        return {"boxes": options.boxes} if is_validation(options.split) else {}
+        recorded: dict[str, Any] = {"boxes": options.boxes} if is_validation(options.split) else {}
+        return recorded if options.format == "vgllm" else {**recorded, "decimals": options.decimals}

@@ -10,7 +10,7 @@ object.
 
 Format ``video3dllm``: the answer is the lowest and the highest corner of the world box (the "gen" template of
 LaVi-Lab/Video-3D-LLM ``process_scanrefer.py``). The public code trains the other template, an ``<ground>`` token, so
-the number format is this project's: two decimals, separated by commas.
+the number format is this project's: two decimals, or one (option `decimals`), separated by commas.
 
 The split ``test`` (ScanRefer's benchmark, on ScanNet's hidden scans) has neither boxes nor answers. Its samples have an
 empty label and no target. The world of these scans is the raw one, as in ScanRefer's code: they have no alignment.
@@ -170,7 +170,7 @@ def _world_sample(
         scene_id=description.scene_id,
         **frame_fields([scene.frames[p] for p in chosen]),
         question=question_text(description.text, WORLD_QUESTION),
-        answer=world_answer_text(world_box(scene, description.object_id)),
+        answer=world_answer_text(world_box(scene, description.object_id), options.decimals),
         target=target_of(scene, job, description, description.ann_id),
         what=description_span(description.text, WORLD_QUESTION),
     )
@@ -198,7 +198,7 @@ class ScanRefer(DescriptionTask):
 
     name = "scanrefer"
     published: ClassVar = {"train": 36665, "val": 9508}
-    cli_options = ("format", "frames", "rolls", "visibility", "box_angles", "skip_without_box")
+    cli_options = ("format", "frames", "rolls", "visibility", "box_angles", "decimals", "skip_without_box")
 
     def make_samples(self, scene: Scene, job: Job, options: TaskOptions) -> PreparedItems:
         """Samples and skipped descriptions of one scene, in the order of the file.
@@ -235,7 +235,8 @@ class ScanRefer(DescriptionTask):
             return moved
         if sample.box_format == "world":
             assert sample.target is not None, "a label has a box"
-            return replace(moved, answer=world_answer_text(change.apply_aligned_box(sample.target.box[:6])))
+            box = change.apply_aligned_box(sample.target.box[:6])
+            return replace(moved, answer=world_answer_text(box, sample.decimals))
         # The numbers of the text, because its angles may be any of those that describe the same box.
         label = parse_grounding(sample.answer, len(sample.frames))
         return replace(
@@ -259,7 +260,9 @@ class ScanRefer(DescriptionTask):
         return SceneParts.BOXES | camera
 
     def recorded_options(self, options: TaskOptions) -> dict[str, Any]:
-        return {"rolls": options.rolls, "box_angles": options.box_angles} if options.format == "vgllm" else {}
+        if options.format == "vgllm":
+            return {"rolls": options.rolls, "box_angles": options.box_angles}
+        return {"decimals": options.decimals}
 
     def default_rolls(self, options: TaskOptions) -> int:
         # As in VG-LLM, which draws the frames of every sample. Other protocols would give equal samples.
