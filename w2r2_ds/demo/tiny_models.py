@@ -109,9 +109,7 @@ def build_tiny_vlm(
     Raises:
         ValueError: no text.
     """
-    out.mkdir(parents=True, exist_ok=True)
     tokenizer = train_tokenizer(texts)
-    tokenizer.save_pretrained(out)
     config = make_config(
         tokenizer,
         text={
@@ -136,6 +134,20 @@ def build_tiny_vlm(
     with torch.random.fork_rng(devices=[]), without_zero3_init():
         torch.manual_seed(seed)
         model = Qwen2_5_VLForConditionalGeneration(config)
+    save_tiny_vlm(model, tokenizer, out)
+    return out
+
+
+def save_tiny_vlm(model: Qwen2_5_VLForConditionalGeneration, tokenizer: Qwen2Tokenizer, out: Path) -> None:
+    """Write weights, tokenizer, generation options and preprocessors of a small Qwen2.5-VL.
+
+    Args:
+        model: its weights are written in their dtype.
+        tokenizer: its tokenizer.
+        out: directory, created if needed; files of the same names are replaced.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(out)
     end_of_text, end_of_turn = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
     model.generation_config = GenerationConfig(
         do_sample=False,
@@ -145,7 +157,6 @@ def build_tiny_vlm(
     )
     model.save_pretrained(out)
     _write_preprocessors(out)
-    return out
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int = 512) -> Qwen2Tokenizer:

@@ -1,0 +1,39 @@
+"""Pretrain the demo's pair: ``python -m w2r2_ds.demo.pretraining --work FOLDER --out FOLDER``."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+import torch
+
+from w2r2_ds.demo.pretraining.card import write_card
+from w2r2_ds.demo.pretraining.evaluate import evaluate
+from w2r2_ds.demo.pretraining.export import export_weights
+from w2r2_ds.demo.pretraining.run import round_to_bfloat16, run_stages
+from w2r2_ds.demo.pretraining.settings import Settings
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run all stages, evaluate the rounded weights, and write them with their card."""
+    parser = argparse.ArgumentParser(prog="python -m w2r2_ds.demo.pretraining", description=__doc__)
+    parser.add_argument("--work", type=Path, required=True, help="folder of rooms and results of stages; continued")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the weights and the card")
+    parser.add_argument("--threads", type=int, default=1, help="threads of PyTorch")
+    options = parser.parse_args(args)
+    logging.basicConfig(level="INFO", format="%(asctime)s %(message)s", stream=sys.stderr)
+    torch.set_num_threads(options.threads)
+    settings = Settings()
+    pretraining, records = run_stages(options.work, settings)
+    for module in (pretraining.vlm, pretraining.merger):
+        round_to_bfloat16(module)
+    _, val = pretraining.data()
+    scores = {task: evaluate(pretraining.pair, val, task, 10**6) for task in ("grounding", "caption", "answer")}
+    export_weights(pretraining, options.out)
+    write_card(options.out, settings, records, scores, pretraining.tokenizer)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""The pair during pretraining: language model and geometry merger on the visual tokens of the frozen tower."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from w2r2_ds.demo.pretraining.prompts import Prompts
+from w2r2_ds.demo.pretraining.scene_attention import SCENE_ATTENTION
+from w2r2_ds.models.geometry.point_map import PointMapEncoder
+from w2r2_ds.models.merger import GeometryMerger
+
+BOX_LAYERS = 2
+"""First decoder layers, which are trained with the merger on boxes (`dense_boxes.py`)."""
+
+
+class Pair:
+    """Language model, point-map encoder and geometry merger, with the fusion `add`.
+
+    Args:
+        vlm: Qwen2.5-VL; its language model is trained in place.
+        merger: geometry merger, trained in place.
+        prompts: tokens of the prompts.
+    """
+
+    def __init__(self, vlm: Any, merger: GeometryMerger, prompts: Prompts) -> None:
+        self.vlm, self.merger, self.prompts = vlm, merger, prompts
+        self.text = vlm.model.language_model
+        self.text.config._attn_implementation = SCENE_ATTENTION
+        self.encoder = PointMapEncoder(torch.float32, torch.device("cpu"))
+
+    def prefix_embeddings(self, visual: Tensor, points: Tensor, with_geometry: Tensor) -> Tensor:
+        """Input embeddings of system turn and frames.
+
+        Args:
+            visual: ``[rooms, frames, tokens, hidden]``.
+            points: ``[rooms, frames, rows, columns, 4, 3]``, metres.
+            with_geometry: ``[rooms]`` bool; False for rooms in 2D only.
+
+        Returns:
+            ``[rooms, prefix tokens, hidden]``.
+        """
+        geometry = self.merger(list(self.encoder.encode(points))).view(len(visual), -1, visual.shape[-1])
+        embeddings: Tensor = self.text.embed_tokens(self.prompts.prefix).expand(len(visual), -1, -1).clone()
+        embeddings[:, self.prompts.visual] = visual.flatten(1, 2) + geometry * with_geometry[:, None, None]
+        return embeddings
+
+    def logits(self, states: Tensor) -> Tensor:
+        """Scores ``[..., vocabulary]`` of the next token, from the output of the last layer."""
+        scores: Tensor = self.vlm.lm_head(self.text.norm(states))
+        return scores
+
+    def matrices(self, early: bool) -> list[nn.Parameter]:
+        """Matrices for Muon: those that stage 2 trains (merger and first layers), or the others."""
+        first = [*self.merger.parameters(), *self.text.layers[:BOX_LAYERS].parameters()]
+        return [p for p in (first if early else self.text.layers[BOX_LAYERS:].parameters()) if p.ndim == 2]
+
+    def others(self) -> list[nn.Parameter]:
+        """All other trained weights: embeddings, norms and biases."""
+        embeddings = self.text.embed_tokens.weight
+        found = [p for p in (*self.text.parameters(), *self.merger.parameters()) if p.ndim != 2 or p is embeddings]
+        return found

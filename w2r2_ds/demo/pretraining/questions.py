@@ -1,0 +1,163 @@
+"""Stage 3: language model and merger on questions; the tower is frozen, and the loss of stage 2 stays.
+
+Rooms with geometry are in a random world frame, which only geometry can tell. Rooms in 2D only are in the frame of the
+demo, which the first image tells.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from w2r2_ds.demo.pretraining.dense_boxes import BoxHead, box_targets, prefix_positions
+from w2r2_ds.demo.pretraining.muon import Muon
+from w2r2_ds.demo.pretraining.pair import BOX_LAYERS, Pair
+from w2r2_ds.demo.pretraining.prompts import Prompts
+from w2r2_ds.demo.pretraining.scene_attention import Blocks, run_layers
+from w2r2_ds.demo.pretraining.schedule import set_learning_rates, warm_up_and_decay
+from w2r2_ds.demo.pretraining.settings import Settings
+from w2r2_ds.demo.pretraining.tasks import TaskQuestion, draw_questions, targets
+from w2r2_ds.demo.pretraining.views import RoomData, View, draw_view, stack_views
+
+PUNCTUATION_WEIGHT = 0.1
+"""Weight of the tokens ``,`` and ``.``, which are soon learnt, in the loss."""
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Questions and answers about several rooms.
+
+    Attributes:
+        ids: ``[rooms, questions, tokens]`` int64, padded on the right.
+        labels: ``[rooms, questions, tokens]`` int64: the next token at the tokens of an answer, else `IGNORED`.
+    """
+
+    ids: Tensor
+    labels: Tensor
+
+    @property
+    def blocks(self) -> tuple[int, int]:
+        """Questions per room, and tokens per question."""
+        return self.ids.shape[1], self.ids.shape[2]
+
+
+def pack(prompts: Prompts, rows: Sequence[Sequence[TaskQuestion]]) -> Packed:
+    """Token ids and labels of the questions about each room."""
+    encoded = [[(prompts.question(q.question), prompts.answer(q.answer)) for q in row] for row in rows]
+    length = max(len(question) + len(answer) for row in encoded for question, answer in row)
+    ids = torch.full((len(rows), len(rows[0]), length), prompts.padding)
+    labels = torch.full_like(ids, IGNORED)
+    for i, row in enumerate(encoded):
+        for j, (question, answer) in enumerate(row):
+            end = len(question) + len(answer)
+            ids[i, j, :end] = torch.tensor(question + answer)
+            labels[i, j, len(question) - 1 : end - 1] = torch.tensor(answer)
+    return Packed(ids, labels)
+
+
+def packed_states(pair: Pair, views: Sequence[View], with_geometry: Tensor, packed: Packed) -> tuple[Tensor, Tensor]:
+    """States of packed questions.
+
+    Args:
+        pair: the pair.
+        views: one view per room.
+        with_geometry: ``[rooms]`` bool; False for rooms in 2D only.
+        packed: questions about each room.
+
+    Returns:
+        ``[answer tokens, hidden]`` outputs of the last layer that predict the labels, in the order of `packed.labels`;
+        ``[rooms, visual tokens, hidden]`` outputs of layer `BOX_LAYERS` at the visual tokens.
+    """
+    prompts, rows, (count, length) = pair.prompts, len(views), packed.blocks
+    prefix = pair.prefix_embeddings(*stack_views(views), with_geometry)
+    embeddings = torch.cat([prefix, pair.text.embed_tokens(packed.ids).flatten(1, 2)], 1)
+    own = (prompts.next_position + torch.arange(length)).repeat(count).expand(3, rows, -1)
+    positions = torch.cat([prefix_positions(pair, rows), own], -1)
+    blocks = Blocks(len(prompts.prefix), count, length)
+    early = run_layers(pair.text, embeddings, positions, end=BOX_LAYERS, blocks=blocks)
+    late = run_layers(pair.text, early, positions, begin=BOX_LAYERS, blocks=blocks)
+    states = late[:, blocks.prefix :].unflatten(1, (count, length))[packed.labels != IGNORED]
+    return states, early[:, prompts.visual]
+
+
+class QuestionTrainer:
+    """Losses and optimizers of stage 3.
+
+    Args:
+        pair: the pair.
+        head: the head of stage 2.
+        data: training rooms.
+        settings: lengths, learning rates and seed.
+    """
+
+    def __init__(self, pair: Pair, head: BoxHead, data: RoomData, settings: Settings) -> None:
+        self.pair, self.head, self.data, self.settings = pair, head, data, settings
+        self.rng = np.random.default_rng([settings.seed, 13])
+        self.others = [*pair.others(), *head.parameters()]
+        self.optimizers: list[torch.optim.Optimizer] = [
+            Muon(pair.matrices(early=False), settings.muon_lr),
+            Muon(pair.matrices(early=True), settings.muon_lr),
+            torch.optim.AdamW(self.others, settings.adamw_lr, betas=(0.9, 0.95), weight_decay=0.0),
+        ]
+        self.rates = [settings.muon_lr, settings.muon_lr * settings.early_factor, settings.adamw_lr]
+        vocabulary = pair.vlm.config.get_text_config().vocab_size
+        self.token_weights = torch.ones(vocabulary)
+        self.token_weights[pair.prompts.answer(".,")[:-1]] = PUNCTUATION_WEIGHT
+
+    def step(self, number: int) -> dict[str, float]:
+        """Step `number`, from 0; returns the losses."""
+        factor = warm_up_and_decay(number, self.settings.question_steps, warm_up=50, decay=0.6)
+        set_learning_rates(self.optimizers, self.rates, factor)
+        with_geometry = torch.from_numpy(self.rng.random(self.settings.question_rooms) >= self.settings.only_2d)
+        views = [self._draw_view(bool(geometry)) for geometry in with_geometry]
+        packed = pack(self.pair.prompts, [draw_questions(self.data, view, self.rng, self.settings) for view in views])
+        losses = self.losses(views, with_geometry, packed)
+        (losses["answers"] + self.settings.box_weight * losses["boxes"]).backward()
+        torch.nn.utils.clip_grad_norm_(self.others, 1.0)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        return {name: float(loss.detach()) for name, loss in losses.items()}
+
+    def losses(self, views: Sequence[View], with_geometry: Tensor, packed: Packed) -> dict[str, Tensor]:
+        """Weighted mean cross-entropy of the answer tokens, and the loss of stage 2 in rooms with geometry."""
+        states, visual = packed_states(self.pair, views, with_geometry, packed)
+        corners, mask = box_targets(views)
+        boxes = self.head.loss(visual, corners, mask * with_geometry[:, None])
+        labels = packed.labels[packed.labels != IGNORED]
+        errors = cross_entropy(self.pair.logits(states), labels, reduction="none")
+        weights = self.token_weights[labels]
+        return {"answers": (errors * weights).sum() / weights.sum(), "boxes": boxes}
+
+    def _draw_view(self, geometry: bool) -> View:
+        """A random view that shows at least one target."""
+        while True:
+            view = draw_view(self.data, self.rng, demo_frame=not geometry)
+            if len(targets(self.data, view)):
+                return view
+
+
+def train_questions(
+    trainer: QuestionTrainer,
+    report: Callable[[int, dict[str, float]], None],
+    evaluate: Callable[[int], None],
+    steps: int | None = None,
+) -> None:
+    """Run stage 3.
+
+    Args:
+        trainer: the stage.
+        report: function called after every step with its number, from 0, and its losses.
+        evaluate: function called after every `Settings.eval_every` steps with the number of steps.
+        steps: number of steps; None for those of the settings.
+    """
+    for number in range(trainer.settings.question_steps if steps is None else steps):
+        report(number, trainer.step(number))
+        if (number + 1) % trainer.settings.eval_every == 0:
+            evaluate(number + 1)

@@ -1,0 +1,136 @@
+"""Run all stages. The result of a stage is stored in a work folder; a stage whose result is there is not run again."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Qwen2Tokenizer
+
+from w2r2_ds.demo.pretraining.dense_boxes import BoxHead, DenseBoxTrainer, train_boxes
+from w2r2_ds.demo.pretraining.evaluate import evaluate
+from w2r2_ds.demo.pretraining.model import make_merger, make_tokenizer, make_vlm, word_vectors
+from w2r2_ds.demo.pretraining.pair import Pair
+from w2r2_ds.demo.pretraining.prompts import Prompts
+from w2r2_ds.demo.pretraining.questions import QuestionTrainer, train_questions
+from w2r2_ds.demo.pretraining.record import StageRecord
+from w2r2_ds.demo.pretraining.rooms import RoomSet, load_rooms, make_rooms, save_rooms
+from w2r2_ds.demo.pretraining.settings import Settings
+from w2r2_ds.demo.pretraining.tower import TowerTrainer, accuracy, encode_rooms, train_tower
+from w2r2_ds.demo.pretraining.views import RoomData
+from w2r2_ds.models.patch_embedding import use_matrix_products
+
+logger = logging.getLogger(__name__)
+
+COURSE_QUESTIONS = 240
+"""Grounding questions of an evaluation in the course of stage 3."""
+
+
+def round_to_bfloat16(module: torch.nn.Module) -> None:
+    """Round all weights to bfloat16, in which they are stored; they stay float32."""
+    module.to(torch.bfloat16).to(torch.float32)
+
+
+class Pretraining:
+    """The three stages on one set of rooms.
+
+    Args:
+        settings: data, lengths and learning rates.
+        train: training rooms.
+        val: validation rooms.
+        tokenizer: the tokenizer; None to train it.
+    """
+
+    def __init__(
+        self, settings: Settings, train: RoomSet, val: RoomSet, tokenizer: Qwen2Tokenizer | None = None
+    ) -> None:
+        self.settings, self.train, self.val = settings, train, val
+        self.tokenizer = tokenizer or make_tokenizer(settings.seed)
+        self.vlm = make_vlm(self.tokenizer, settings.seed)
+        self.merger, self.head = make_merger(settings.seed), BoxHead(settings.seed)
+        use_matrix_products(self.vlm.model.visual)
+        self.words = word_vectors(self.tokenizer, self.vlm.model.language_model.embed_tokens.weight.detach())
+        self.pair = Pair(self.vlm, self.merger, Prompts(self.tokenizer, self.vlm))
+        self._data: tuple[RoomData, RoomData] | None = None
+
+    def data(self) -> tuple[RoomData, RoomData]:
+        """Training and validation rooms with the outputs of the trained tower."""
+        if self._data is None:
+            tower = self.vlm.model.visual
+            logger.info("encoding %d rooms", len(self.train) + len(self.val))
+            self._data = tuple(RoomData(rooms, encode_rooms(tower, rooms)) for rooms in (self.train, self.val))  # type: ignore[assignment]
+        assert self._data is not None
+        return self._data
+
+    def run_tower(self, record: StageRecord) -> None:
+        """Stage 1. Weights are shipped in bfloat16, so the next stages get the rounded tower."""
+        tower = self.vlm.model.visual
+        train_tower(TowerTrainer(tower, self.words, self.train, self.settings), record.add)
+        round_to_bfloat16(tower)
+        record.add_scores(self.settings.tower_steps, accuracy(tower, self.words, self.val))
+
+    def run_boxes(self, record: StageRecord) -> None:
+        """Stage 2."""
+        train_boxes(DenseBoxTrainer(self.pair, self.head, self.data()[0], self.settings), record.add)
+
+    def run_questions(self, record: StageRecord) -> None:
+        """Stage 3."""
+        train, val = self.data()
+
+        def report_scores(step: int) -> None:
+            record.add_scores(step, evaluate(self.pair, val, "grounding", COURSE_QUESTIONS))
+
+        train_questions(QuestionTrainer(self.pair, self.head, train, self.settings), record.add, report_scores)
+
+    def stages(self) -> dict[str, Callable[[StageRecord], None]]:
+        """Name -> stage, in order."""
+        return {"tower": self.run_tower, "boxes": self.run_boxes, "questions": self.run_questions}
+
+    def state(self) -> dict[str, Any]:
+        """All weights."""
+        return {"vlm": self.vlm.state_dict(), "merger": self.merger.state_dict(), "head": self.head.state_dict()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Load the weights of `state`."""
+        self.vlm.load_state_dict(state["vlm"])
+        self.merger.load_state_dict(state["merger"])
+        self.head.load_state_dict(state["head"])
+
+
+def stored_rooms(folder: Path, split: str, count: int, seed: int) -> RoomSet:
+    """Rooms of a split, from the work folder or rendered and stored there."""
+    file = folder / f"rooms_{split}.npz"
+    if not file.is_file():
+        logger.info("rendering %d rooms", count)
+        save_rooms(make_rooms(seed, split, count), file)
+    return load_rooms(file)
+
+
+def run_stages(folder: Path, settings: Settings) -> tuple[Pretraining, dict[str, Any]]:
+    """Run all stages, or load their results from the work folder.
+
+    Returns:
+        The pretraining with the final weights, and the record of each stage.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    rooms = [
+        stored_rooms(folder, split, count, settings.seed)
+        for split, count in (("train", settings.train_rooms), ("val", settings.val_rooms))
+    ]
+    pretraining = Pretraining(settings, *rooms)
+    records = {}
+    for name, run in pretraining.stages().items():
+        file = folder / f"{name}.pt"
+        if file.is_file():
+            stored = torch.load(file, weights_only=True)
+            pretraining.load_state(stored["state"])
+        else:
+            record = StageRecord(name)
+            run(record)
+            stored = {"state": pretraining.state(), "record": record.as_json()}
+            torch.save(stored, file)
+        records[name] = stored["record"]
+    return pretraining, records
