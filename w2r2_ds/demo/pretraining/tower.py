@@ -252,4 +252,3 @@ def train_tower(
     with torch.no_grad():
         last.weight *= FINAL_SCALE
         last.bias *= FINAL_SCALE
-
