@@ -34,6 +34,7 @@ def inputs(points: int, **given: Any) -> PushInputs:
         "hinge": 0.2 * one,
         "lambda_det": LAM,
         "mu": MU,
+        "has_other": one.bool(),
     }
     return PushInputs(**(values | given))
 
@@ -115,6 +116,17 @@ def slope() -> list[tuple[str, Tensor, Tensor]]:
     return curves
 
 
+def advantage() -> list[tuple[str, Tensor, Tensor]]:
+    """`contrast` against the label's log-likelihood ratio of own and other geometry."""
+    ratio = torch.linspace(-1, 3, POINTS, dtype=torch.float64)
+    log_q = torch.full((POINTS,), -4.0, dtype=torch.float64)
+    curves = []
+    for margin in (0.5, 1.0, 2.0):
+        given = inputs(POINTS, log_p=log_odds((log_q + ratio).exp()), label_log_p_short=log_q)
+        curves.append((f"m = {margin:g}", ratio, PUSH_TERMS["contrast"](margin=margin)(given)))
+    return curves
+
+
 def worse() -> list[tuple[str, Tensor, Tensor]]:
     """`unblocked` against the IoU of the shortcut's expected box."""
     iou = torch.linspace(0, 1, POINTS, dtype=torch.float64)
@@ -131,6 +143,7 @@ PICTURES: dict[str, tuple[Callable[[], list[tuple[str, Tensor, Tensor]]], str, s
     "soft_iou": (overlap, "GIoU(E[b]) of the fused pass", "term"),
     "representation": (angle, "cos(z, z')", "term"),
     "poe": (slope, "p(y)", "gradient, share of CE's"),
+    "contrast": (advantage, "log p(y) - log q(y), nats", "term"),
     "unblocked": (worse, "IoU(E[b]) of the shortcut", "term"),
 }
 

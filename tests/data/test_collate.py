@@ -287,6 +287,8 @@ def test_to_and_pin_memory_apply_to_every_tensor(
         moved.visual_tokens,
         moved.frame_set_of_token,
         moved.frame_set_of_sample,
+        moved.other_geometry.token,
+        moved.other_geometry.exists,
         moved.layout.group,
         moved.layout.suffix,
     ]

@@ -350,6 +350,8 @@ def test_training_settings(config: Any, run_options: dict[str, str]) -> None:
     assert "none.json" in settings.check_settings(config, "none.json", 2).errors[0]
     config.objective.push_term = {"name": "nothing of the kind"}
     assert len(settings.check_settings(config, "", 2).errors) == 1
+    config.objective.push_term, config.train.micro_batch = {"name": "contrast"}, 1
+    assert "train.micro_batch" in settings.check_settings(config, "", 2).errors[0]
 
 
 def test_precision_and_packages(config: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -17,11 +18,13 @@ from w2r2_ds.objective.push_terms import Overlaps, PushInputs, States, build_pus
 from w2r2_ds.training.two_pass import without_dropout
 
 
-def visual_tokens(model: Any, batch: Any, geometry: str) -> Tensor:
+def visual_tokens(model: Any, batch: Any, geometry: str, partners: Sequence[int | None] | None = None) -> Tensor:
     """``[tokens, hidden]`` visual tokens with `add` fusion.
 
     Args:
         geometry: ``none``: 2D tokens only; ``features``: with merged geometry features; ``zeros``: with merged zeros.
+        partners: per sample with frames, the index of the one whose merged geometry it gets, or None for zeros; None
+            for the own geometry.
     """
     tower = model.base.model.visual(pixel_values(batch.visuals), grid_thw=batch.visuals.grid_thw).pooler_output.detach()
     if geometry == "none":
@@ -31,7 +34,13 @@ def visual_tokens(model: Any, batch: Any, geometry: str) -> Tensor:
         features = [pair_frames(one) for one in features]
     if geometry == "zeros":
         features = [torch.zeros_like(one) for one in features]
-    return tower + torch.cat([model.geometry_merger([one]) for one in features])
+    merged = [model.geometry_merger([one]) for one in features]
+    if partners is not None:
+        merged = [
+            torch.zeros_like(own) if partner is None else merged[partner]
+            for own, partner in zip(merged, partners, strict=True)
+        ]
+    return tower + torch.cat(merged)
 
 
 def hidden_states(model: Any, batch: Any, tokens: Tensor) -> Tensor:
@@ -48,23 +57,37 @@ def hidden_states(model: Any, batch: Any, tokens: Tensor) -> Tensor:
     ).last_hidden_state
 
 
-def hand_loss(model: Any, batch: Any, config: ObjectiveConfig, tables: Any, s_short: list[float]) -> Tensor:
+def hand_loss(
+    model: Any,
+    batch: Any,
+    config: ObjectiveConfig,
+    tables: Any,
+    s_short: list[float],
+    partners: Sequence[int | None] | None = None,
+) -> Tensor:
     """Sum over samples of cross-entropy and push term (`add` fusion, `reduction: sample`).
 
     Args:
         s_short: score s of each sample's shortcut answer.
+        partners: see `visual_tokens`, for the shortcut pass of a push term that needs the geometry of another scene.
     """
     term = build_push_term(config.push_term)
     fused = hidden_states(model, batch, visual_tokens(model, batch, "features"))
     with torch.no_grad() if term.stop_gradient else nullcontext():
         geometry = {"merged": "none", "features": "zeros"}[model.zero_geometry]
-        short = hidden_states(model, batch, visual_tokens(model, batch, geometry))
+        if partners is not None:
+            geometry = "features"
+        short = hidden_states(model, batch, visual_tokens(model, batch, geometry, partners))
         logits_short = model.base.lm_head(short[batch.answer_positions.sample, batch.answer_positions.position])
     rows = batch.answer_positions
     logits = model.base.lm_head(fused[rows.sample, rows.position])
     log_p, log_p_short = logits.log_softmax(-1), logits_short.log_softmax(-1)
     _, giou, has_box = expected_overlap(log_p, batch, tables)
     iou_short, _, _ = expected_overlap(log_p_short, batch, tables)
+    set_of_sample = batch.frame_set_of_sample.tolist()
+    has_partner = torch.tensor(
+        [partners is not None and own >= 0 and partners[own] is not None for own in set_of_sample]
+    )
     total = torch.zeros(())
     for index, s in enumerate(s_short):
         mine = rows.sample == index
@@ -95,6 +118,7 @@ def hand_loss(model: Any, batch: Any, config: ObjectiveConfig, tables: Any, s_sh
                 what=torch.arange(len(positions)) >= len(where),
             ),
             overlaps=Overlaps(giou[index : index + 1], iou_short[index : index + 1], has_box[index : index + 1]),
+            has_other=None if partners is None else has_partner[index : index + 1],
         )
         total = total + align + term(inputs).sum()
     return total

@@ -48,6 +48,9 @@ def total(batch_of: Any, tables: Any, frontend: Any) -> Callable[..., Total]:
 
     def make(samples: list[Any], sure: float = 30.0, batch: Any = None, **changes: Any) -> Total:
         batch = batch or batch_of(samples)
+        # The shortcut's logits are made up, also those with the geometry of another scene.
+        every = torch.ones(len(samples), dtype=torch.bool)
+        batch = replace(batch, other_geometry=replace(batch.other_geometry, exists=every))
         rows, what, vocabulary = batch.answer_positions, batch.description_positions, len(tables.digit)
         counts = [int((rows.sample == i).sum()) for i in range(len(samples))]
         inputs = []
@@ -110,11 +113,11 @@ def test_literal_adds_lambda_h_and_nothing_to_any_gradient(samples: list[Any], t
     ours, plain = total(samples, push="literal"), total(samples, push="none")
     assert torch.equal(ours.fused, plain.fused) and not ours.short.any()
     assert float(ours.loss - plain.loss) == pytest.approx(1.5 * float(ours.column("det").sum()), rel=1e-5)
-    rest = [STATS.index(name) for name in STATS if name not in ("loss", "push")]
+    rest = [STATS.index(name) for name in STATS if name not in ("loss", "push", "push_active")]
     assert torch.equal(ours.stats[:, rest], plain.stats[:, rest])
 
 
-@pytest.mark.parametrize("push", ["margin", "pseudo_label", "poe"])
+@pytest.mark.parametrize("push", ["margin", "pseudo_label", "poe", "contrast"])
 def test_where_terms_have_gradients_at_where_tokens_only(
     samples: list[Any], batch_of: Any, total: Callable[..., Total], push: str
 ) -> None:
@@ -190,11 +193,11 @@ def test_empty_token_sets_give_finite_losses(
     result = total(samples[:2], batch=batch, push=push, mu=0.0)
     for value in (result.loss, result.stats, result.fused, result.fused_states, result.short):
         assert value.isfinite().all()
-    if hidden == "where" and push in ("margin", "pseudo_label", "poe"):
+    if hidden == "where" and push in ("margin", "pseudo_label", "poe", "contrast"):
         assert not result.column("push").any()
     if hidden == "numbers":  # no answer has a box
         assert not result.column("s_short").any() and result.column("invalid_short").all()
-        assert not result.column("push").any() or push in ("pseudo_label", "poe")
+        assert not result.column("push").any() or push in ("pseudo_label", "poe", "contrast")
 
 
 def test_reductions_by_hand(samples: list[Any], batch_of: Any, total: Callable[..., Total]) -> None:
@@ -224,6 +227,9 @@ def test_token_reduction_is_the_mean_over_tokens(
 
 def test_statistics_add_up(samples: list[Any], total: Callable[..., Total]) -> None:
     result = total(samples)
+    assert torch.equal(result.column("push_active"), (result.column("push") != 0).float())
+    assert result.column("push_active").all() and not total(samples, mu=0.999).column("push_active").any()
+    assert not result.column("unpaired").any()
     torch.testing.assert_close(result.column("loss"), result.column("align") + result.column("push"))
     torch.testing.assert_close(result.column("det"), (result.column("s_short") - 0.7).clamp(min=0))
     torch.testing.assert_close(result.column("s_gain"), result.column("s_fused") - result.column("s_short"))

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from objectives import push_term
-from w2r2_ds.config.schema import ObjectiveConfig
-from w2r2_ds.objective.push_terms import PUSH_TERMS, Overlaps, PushInputs, States
+from w2r2_ds.config.schema import DataConfig, ObjectiveConfig, RunConfig, TrainConfig
+from w2r2_ds.objective.push_terms import PUSH_TERMS, Overlaps, PushInputs, States, check_push_term
 from w2r2_ds.objective.reductions import mean_per_sample
 from w2r2_ds.utils.plugins import import_plugin
 
@@ -71,6 +71,7 @@ def inputs() -> PushInputs:
             iou_short=torch.tensor([0.8, 0.95, 0.0, 0.9], dtype=torch.float64),
             has_box=torch.tensor([True, True, False, True]),
         ),
+        has_other=torch.ones(4, dtype=torch.bool),
     )
 
 
@@ -90,6 +91,8 @@ HAND = {
     "representation": [1.5 * (1 + (0.5 + math.sqrt(0.5) - 0.5) / 2), 0.0, 0.0, 0.0],
     # Products at the label, normalised: rows 1 and 5 0.125 of 0.3125, row 2 0.25 of 0.375, row 3 0.08 of 0.17.
     "poe": [-0.75 * (math.log(0.4) + math.log(2 / 3)), -1.5 * math.log(8 / 17), 0.0, -1.5 * math.log(0.4)],
+    # As `margin`, but not gated: sample 3 exceeds by ln 2.
+    "contrast": [1.5 * (1 - LN2 / 2), 0.0, 0.0, 1.5 * (1 - LN2)],
     "unblocked": [1.5 * 0.1, 1.5 * 0.25, 0.0, 1.5 * 0.2],
 }
 
@@ -253,6 +256,38 @@ def test_downweight_never_has_a_negative_weight(inputs: PushInputs) -> None:
     heavy = replace(inputs, lambda_det=50.0)
     total = inputs.cross_entropy + push_term("downweight")(heavy)
     assert total.tolist() == pytest.approx([0.0, 0.0, 0.0, LN2])
+
+
+def test_contrast_is_zero_without_another_scene(inputs: PushInputs) -> None:
+    """No value and no gradient for any log-likelihoods; the other samples do not change."""
+    leaves = leaves_of(inputs)
+    given = differentiable(inputs, leaves)
+    masked = replace(given, has_other=torch.tensor([True, True, True, False]))
+    values, unmasked = push_term("contrast", margin=30.0)(masked), push_term("contrast", margin=30.0)(given)
+    assert unmasked[3] > 0 and values[3] == 0 and torch.equal(values[:3], unmasked[:3])
+    (gradient,) = torch.autograd.grad(values.sum(), leaves[:1])
+    assert gradient[:4].any() and not gradient[5].any()
+
+
+def test_contrast_raises_the_label_until_the_margin(inputs: PushInputs) -> None:
+    logits = inputs.log_p.clone().requires_grad_()
+    push_term("contrast")(replace(inputs, log_p=torch.log_softmax(logits, -1))).sum().backward()
+    assert logits.grad is not None
+    slopes = logits.grad[torch.arange(6), inputs.label]
+    assert (slopes < 0).tolist() == [False, True, True, False, False, True]  # row 3 is beyond the margin
+
+
+@pytest.mark.parametrize(("micro_batch", "questions"), [(1, 1), (4, 4), (2, 1), (8, 4)])
+def test_contrast_needs_two_scenes_in_a_micro_batch(micro_batch: int, questions: int) -> None:
+    """The options are compared at the start; other terms support one scene."""
+    train, data = TrainConfig(micro_batch=micro_batch), DataConfig(questions_per_scene=questions)
+    config = RunConfig(objective=ObjectiveConfig(push_term={"name": "contrast"}), train=train, data=data)
+    if micro_batch >= 2 * questions:
+        assert check_push_term(config).needs_other_geometry
+    else:
+        with pytest.raises(ValueError, match=rf"contrast.*train\.micro_batch {micro_batch} .*at least {2 * questions}"):
+            check_push_term(config)
+    assert not check_push_term(RunConfig(train=train, data=data)).needs_other_geometry
 
 
 def test_poe_has_no_gradient_where_the_shortcut_is_certain_and_correct(inputs: PushInputs) -> None:

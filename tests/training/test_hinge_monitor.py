@@ -81,6 +81,20 @@ def test_ungated_push_terms_never_warn(
     assert not caplog.records
 
 
+@pytest.mark.parametrize("paired", [False, True])
+def test_contrast_warns_if_no_sample_is_ever_paired(
+    paired: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its condition is a pair, not the hinge, which may be 0."""
+    monkeypatch.setattr(hinge_monitor.dist, "get_rank", lambda: 0)
+    monitor = make_monitor(0, RunConfig(objective=objective_config(push="contrast")))
+    for step in range(PATIENCE):
+        monitor.update({"above_mu": 0.0, "s_short": 0.0, "unpaired": 0.9 if paired and step == 7 else 1.0})
+    monitor.finish()
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * (not paired)
+    assert paired or all(part in caplog.text for part in (f"in {PATIENCE} steps", "contrast", "train.micro_batch"))
+
+
 def test_other_ranks_and_runs_without_a_step_do_not_warn(
     monitor: HingeMonitor, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,6 +12,7 @@ import torch
 from host_sync import host_reads
 from objectives import objective_config
 from packed_batches import packed_of, questions
+from two_scenes import two_scenes
 from w2r2_ds.config.schema import RunConfig, TrainConfig
 from w2r2_ds.models.attention.packed import use_packed_attention
 from w2r2_ds.models.build import build_model, trainable
@@ -141,6 +142,26 @@ def test_packed_scenes_and_tasks(
     step = make_step(pass_order=pass_order, checkpointing=True, push=push, mu=0.001, cosine=-0.2, margin=30.0)
     packed = pack(chosen, questions_per_scene=4, visual=visual)
     assert_as_alone(step, packed, [batch_of([sample], visual=visual) for sample in chosen])
+
+
+@pytest.mark.parametrize("pass_order", ["sequential", "lockstep"])
+def test_contrast_of_packed_scenes(
+    make_step: Callable[..., W2R2Step],
+    pack: Callable[..., Any],
+    batch_of: Any,
+    samples: list[Any],
+    text_samples: list[Any],
+    pass_order: str,
+) -> None:
+    """Questions about two scenes share a pair of frame sets; in padded sequences each has a pair with equal frames."""
+    first, third, second = two_scenes(samples)
+    chosen = [*questions(first, 2), text_samples[0], *questions(second, 2), third]
+    step = make_step(pass_order=pass_order, push="contrast", margin=30.0)
+    packed, padded = pack(chosen, questions_per_scene=2), batch_of(chosen)
+    assert len(packed.visuals.ids) == 3 and len(padded.visuals.ids) == 5
+    results = backward(step, [packed]), backward(make_step(push="contrast", margin=30.0), [padded])
+    assert_equal(*results)
+    assert results[0][0][:, STATS.index("unpaired")].tolist() == [0, 0, 1, 0, 0, 1]
 
 
 def test_packing_samples_without_shared_frames(

@@ -11,13 +11,17 @@ import torch
 from torch.nn.functional import log_softmax
 
 from encoder_inputs import pixel_values
+from objectives import objective_config
 from reference_passes import hand_loss, shortcut_of
+from two_scenes import PARTNERS, two_scenes
+from w2r2_ds.config.schema import RunConfig, TrainConfig
 from w2r2_ds.models.build import trainable
 from w2r2_ds.models.weights.loading import load_vlm
 from w2r2_ds.objective.loss import STATS
 from w2r2_ds.objective.push_terms import PUSH_TERMS
 from w2r2_ds.objective.scorer import Score, Scorer
 from w2r2_ds.training.activation_checkpointing import recompute
+from w2r2_ds.training.build import check_objective
 from w2r2_ds.training.step import W2R2Step
 from w2r2_ds.training.two_pass import without_dropout
 from world_answers import POSITIVE, in_world
@@ -90,15 +94,19 @@ def test_loss_and_gradients_equal_two_reference_passes(
     # No option has its default, so that ignoring any of them would fail.
     mu = 0.001 if push == "unblocked" else 0.65
     step = make_step(push=push, zero_geometry=zero, lambda_det=1.2, mu=mu, margin=30.0, iou_margin=0.3, cosine=-0.2)
-    batch = in_a_large_box(batch_of(samples, visual=visual))
+    contrast = push == "contrast"
+    batch = in_a_large_box(batch_of(two_scenes(samples) if contrast else samples, visual=visual))
     loss, stats = step(batch)
     ours = gradients(step, loss)
-    expected = hand_loss(step.model, batch, step.objective, tables, SIMILAR)
+    expected = hand_loss(step.model, batch, step.objective, tables, SIMILAR, PARTNERS if contrast else None)
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
     assert_same_gradients(ours, gradients(step, expected))
     pushed = stats[:, STATS.index("push")] != 0
     if push in ("literal", "reweight", "downweight", "margin", "soft_iou", "representation"):
         assert pushed.tolist() == [False, True, True]
+    assert stats[:, STATS.index("unpaired")].tolist() == ([0, 1, 0] if contrast else [0, 0, 0])
+    if contrast:
+        assert pushed.tolist() == [True, False, True]
     assert pushed.any() == (push != "none")
 
 
@@ -223,7 +231,7 @@ def test_gradient_checkpointing_does_not_change_losses_and_gradients(
 ) -> None:
     """With dropout too: a recomputed fused pass draws the same masks again, the shortcut of `unblocked` none."""
     step = make_step(push=push, mu=0.001 if push == "unblocked" else 0.7, lora_dropout=dropout)
-    batch = in_a_large_box(batch_of(samples[:2]))
+    batch = in_a_large_box(batch_of(two_scenes(samples) if push == "contrast" else samples[:2]))
     torch.manual_seed(0)
     plain = gradients(step, step(batch)[0])
     recompute(step.model.base.model.language_model.layers, 1, False, step.recompute_context_fn)
@@ -333,6 +341,27 @@ def test_2d_tokens_are_masked_in_the_fused_training_pass_only(
     assert not torch.equal(masked(batch, optimizer_step=1)[1], ours)
     masked.eval(), plain.eval()
     assert torch.equal(masked(batch)[1], plain(batch)[1])
+
+
+def test_contrast_with_the_own_geometry_is_the_whole_margin(
+    make_step: Callable[..., W2R2Step], batch_of: Any, samples: list[Any]
+) -> None:
+    """Two scenes with the same frames: both passes are equal, so the hinge is m, and both have the same s."""
+    step = make_step(push="contrast", lambda_det=2.0, margin=0.25)
+    stats = dict(zip(STATS, step(batch_of([samples[0], replace(samples[0], scene_id="another")]))[1].T, strict=True))
+    assert stats["push"].tolist() == pytest.approx([0.5, 0.5], abs=1e-6)
+    assert stats["push_active"].tolist() == [1, 1] and torch.equal(stats["s_short"], stats["s_fused"])
+
+
+def test_contrast_needs_a_second_scene_in_the_training_set(
+    model_config: Any, frontend: Any, samples: list[Any]
+) -> None:
+    objective, train = objective_config(push="contrast"), TrainConfig(micro_batch=2)
+    config = RunConfig(model=model_config, objective=objective, train=train)
+    check_objective(config, frontend, two_scenes(samples))
+    with pytest.raises(ValueError, match=r"objective\.push_term contrast.*data\.train has 1 scene"):
+        check_objective(config, frontend, samples)
+    check_objective(replace(config, objective=objective_config()), frontend, samples)
 
 
 def test_geometry_norm_by_hand(step: W2R2Step, batch_of: Any, samples: list[Any]) -> None:

@@ -157,12 +157,12 @@ def test_a_batch_without_frames_computes_the_same_projections(
     assert kinds == ["answer", "grounding"] and column(stats, "invalid_short").tolist() == [0, 1]
 
 
-def test_families_without_attention_weights_are_an_error(frontend: Any, model_config: Any) -> None:
+def test_families_without_attention_weights_are_an_error(frontend: Any, model_config: Any, samples: list[Any]) -> None:
     class Bare(Qwen25VL):
         row_attention = VlmFamily.row_attention
 
     config = RunConfig(model=model_config, objective=ObjectiveConfig(shortcut_decode="anchor"))
-    check_objective(config, frontend)
+    check_objective(config, frontend, samples)
     bare: Any = type("Frontend", (), {"family": Bare(), "tokenizer": frontend.tokenizer})
     with pytest.raises(ValueError, match=r"qwen2_5_vl.*row_attention.*objective\.shortcut_decode"):
-        check_objective(config, bare)
+        check_objective(config, bare, samples)

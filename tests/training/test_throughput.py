@@ -30,6 +30,8 @@ CASES = [
     ("representation", "concat", "features", "video"),
     ("unblocked", "gated", "merged", "images"),
     ("none", "cross_attention", "features", "images"),
+    ("contrast", "concat", "features", "images"),
+    ("contrast", "add", "merged", "images"),
 ]
 
 

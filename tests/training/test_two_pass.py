@@ -16,6 +16,7 @@ from host_sync import host_constants, host_reads
 from objectives import objective_config, push_term
 from reference_passes import hand_loss
 from runs import ZERO3, run_ranks
+from two_scenes import two_scenes
 from w2r2_ds.config.schema import RunConfig, TrainConfig
 from w2r2_ds.models.build import build_model, trainable
 from w2r2_ds.objective.scorer import Scorer
@@ -74,6 +75,7 @@ def forwards(step: W2R2Step) -> dict[str, Any]:
         ("lockstep", "margin", "merged", "images"),
         ("lockstep", "representation", "features", "video"),
         ("sequential", "margin", "features", "images"),
+        ("lockstep", "contrast", "features", "video"),
     ],
 )
 def test_loss_and_all_gradients_equal_two_reference_passes(
@@ -90,13 +92,18 @@ def test_loss_and_all_gradients_equal_two_reference_passes(
     checkpointing: bool,
 ) -> None:
     step = make_step(pass_order, full, checkpointing, model={"zero_geometry": zero}, push=push, margin=30.0)
-    batch = batch_of([samples[0], text_samples[0], samples[1]], visual=visual)
+    partners = None
+    if push == "contrast":
+        partners, (first, _, second) = [1, 0], two_scenes(samples)
+    else:
+        first, second, _ = samples
+    batch = batch_of([first, text_samples[0], second], visual=visual)
     before = forwards(step)
     with fixed_similarity(SIMILAR):
         loss, ours = run(step, step(batch)[0])
     assert forwards(step) == before
     expected, theirs = run(
-        step, hand_loss(step.model, batch, step.objective, tables, [SIMILAR[name] for name in batch.ids])
+        step, hand_loss(step.model, batch, step.objective, tables, [SIMILAR[name] for name in batch.ids], partners)
     )
     torch.testing.assert_close(loss, expected, rtol=TOLERANCE, atol=0)
     assert len(ours) > (30 if full else 15)
@@ -187,19 +194,22 @@ def moved(step: W2R2Step, device: torch.device) -> W2R2Step:
     return step
 
 
-@pytest.mark.parametrize("pass_order", SCHEDULES)
+@pytest.mark.parametrize(
+    ("pass_order", "push"), [*((order, "margin") for order in SCHEDULES), ("lockstep", "contrast")]
+)
 def test_no_host_sync(
     make_step: Callable[..., W2R2Step],
     batch_of: Any,
     samples: list[Any],
     monkeypatch: pytest.MonkeyPatch,
     pass_order: str,
+    push: str,
 ) -> None:
     """Forward and backward; only the vision tower's loop reads its segments, which `TowerInputs` left on the host.
 
     Captions and short answers are compared as text: their tokens are read (`Scorer.teacher_forced`).
     """
-    step = moved(make_step(pass_order, checkpointing=True), torch.device("cpu"))
+    step = moved(make_step(pass_order, checkpointing=True, push=push), torch.device("cpu"))
     batch = batch_of(samples)
     tower = batch.visuals.tower
     assert not host_reads(lambda: step(batch)[0].backward())

@@ -74,7 +74,7 @@ def make_plan(options: argparse.Namespace, train_words: Sequence[str]) -> tuple[
     """
     from w2r2_ds.diagnostics.ablation.grid import arms_of, option_words, parse_grid, preset
     from w2r2_ds.diagnostics.ablation.plan import EVALUATIONS, Plan
-    from w2r2_ds.objective.push_terms import PUSH_TERMS, build_push_term
+    from w2r2_ds.objective.push_terms import PUSH_TERMS, check_push_term
     from w2r2_ds.training.deepspeed.config import load_ds_config
 
     if not Path("launchers/train.py").is_file():
@@ -92,7 +92,7 @@ def make_plan(options: argparse.Namespace, train_words: Sequence[str]) -> tuple[
     load_ds_config(options.deepspeed)
     configs = [load_config(options.config, [*train_words, *option_words(arm.options)]) for arm in arms]
     for index, config in enumerate(configs):
-        build_push_term(config.objective.push_term)
+        check_push_term(config)
         if (same := configs.index(config)) < index:
             raise ValueError(
                 f"--grid: the arms {arms[same].name} and {arms[index].name} have the same configuration; omit one."

@@ -62,13 +62,13 @@ def run(config: RunConfig, ds_path: str, signals: StopSignals) -> int:
 
     from w2r2_ds.demo.assets import prepare_demo
     from w2r2_ds.evaluation.validator import AnswerValidation
-    from w2r2_ds.objective.push_terms import build_push_term
+    from w2r2_ds.objective.push_terms import check_push_term
     from w2r2_ds.training.deepspeed.config import load_ds_config
     from w2r2_ds.training.deepspeed.process_group import init_process_group
     from w2r2_ds.training.trainer import train
 
     # Checked first, because preparing the demo takes minutes.
-    build_push_term(config.objective.push_term)
+    check_push_term(config)
     load_ds_config(ds_path)
     init_process_group(config.train.hang_seconds)
     if not torch.cuda.is_available():

@@ -221,7 +221,7 @@ class ObjectiveConfig:
     Args:
         push_term: name of the push term and its hyper-parameters, `{name: margin, margin: 1.0}`, or its name only.
             Names are none, literal, reweight, downweight, margin, pseudo_label, soft_iou, representation, poe,
-            unblocked, and registered ones.
+            contrast, unblocked, and registered ones.
         lambda_det: lambda, the weight of the push term.
         mu: similarity threshold above which the shortcut counts as having solved the sample.
         visual_mask_ratio: fraction of the 2D tokens that is masked in the fused pass in training, a baseline; 0 masks

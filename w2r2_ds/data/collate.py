@@ -24,6 +24,7 @@ from w2r2_ds.data.packing import (
     separate_groups,
 )
 from w2r2_ds.data.processor import Features
+from w2r2_ds.data.scene_pairs import pair_scenes
 from w2r2_ds.models.family import VlmFamily
 from w2r2_ds.models.frame_pixels import even_size
 from w2r2_ds.types.batch import Batch, Layout, Prompts, Tokens, Visuals
@@ -101,7 +102,7 @@ class Collator:
         sets = _frame_sets(groups, features)
         samples = [f.sample for f in features]
         # The samples whose frames are the frame sets, in the order of the visual tokens.
-        with_frames = [s for s in (samples[group.members[0]] for group in groups) if s.frames]
+        with_frames = [f for f in (features[group.members[0]] for group in groups) if f.sample.frames]
         return Batch(
             ids=tuple(sample.id for sample in samples),
             tasks=tuple(sample.task for sample in samples),
@@ -124,7 +125,8 @@ class Collator:
             box_formats=tuple(sample.box_format for sample in samples),
             answers=tuple(sample.answer for sample in samples),
             prompts=self._prompts(features, sets) if self.with_prompts else None,
-            anchors=None if self.anchors is None else self.anchors(samples, with_frames),
+            anchors=None if self.anchors is None else self.anchors(samples, [f.sample for f in with_frames]),
+            other_geometry=pair_scenes(with_frames, sets.token, sets.sample) if training else None,
         )
 
     def _padded(self, features: Sequence[Features], left: bool, multiple: int = 1) -> Tokens:

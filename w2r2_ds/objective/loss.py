@@ -23,6 +23,8 @@ STATS = (
     "align",
     "det",
     "push",
+    "push_active",
+    "unpaired",
     "above_mu",
     "s_short",
     "s_fused",
@@ -152,7 +154,14 @@ def w2r2_loss(
     align = mean_per_sample(-token_log_p(log_p, positions.label), positions.sample, size, all_tokens)
     s_short = shortcut.score.s.float()
     hinge = torch.clamp(s_short - config.mu, min=0)
-    push = push_term(push_inputs(log_p, outputs, shortcut, batch, config, scorer, cross_entropy=align, hinge=hinge))
+    has_other = None
+    if push_term.needs_other_geometry:
+        assert batch.other_geometry is not None, "a training batch has it"
+        has_other = batch.other_geometry.exists
+    inputs = push_inputs(
+        log_p, outputs, shortcut, batch, config, scorer, cross_entropy=align, hinge=hinge, has_other=has_other
+    )
+    push = push_term(inputs)
     loss = align + push
     fused_score = scorer.teacher_forced(outputs.logits.detach().argmax(-1), batch)
     columns = {
@@ -160,6 +169,8 @@ def w2r2_loss(
         "align": align,
         "det": hinge,
         "push": push,
+        "push_active": push != 0,
+        "unpaired": torch.zeros_like(align) if has_other is None else ~has_other,
         "above_mu": hinge > 0,
         "s_short": s_short,
         "s_fused": fused_score.s,
@@ -182,8 +193,9 @@ def push_inputs(
     *,
     cross_entropy: Tensor,
     hinge: Tensor,
+    has_other: Tensor | None,
 ) -> PushInputs:
-    """Inputs of the push term; see `PushInputs` for `log_p`, `cross_entropy` and `hinge`."""
+    """Inputs of the push term; see `PushInputs` for `log_p`, `cross_entropy`, `hinge` and `has_other`."""
     positions = batch.answer_positions
     overlaps = None
     if shortcut.iou is not None:
@@ -204,6 +216,7 @@ def push_inputs(
         log_p_short=shortcut.log_p,
         states=pair_states(outputs.states, shortcut.states, batch),
         overlaps=overlaps,
+        has_other=has_other,
     )
 
 

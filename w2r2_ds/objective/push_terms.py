@@ -22,6 +22,7 @@ Notation (the paper is arXiv 2510.17034):
 * p, p': next-token probabilities of the fused pass and of the shortcut under teacher forcing; all values of the
   shortcut are detached unless the term sets `stop_gradient` to False
 * y, y': the label's token and the shortcut's most likely token
+* q: next-token probabilities of the shortcut with the geometry of another scene in place of none, detached
 * s: similarity of the shortcut's answer to the label; mu: threshold; h = max(0, s - mu): the hinge, detached
 * W: the *where* tokens of an answer: digits of a box (and its frame), or every token of a caption or a short answer
 * A: the *what* tokens: the description in the prompt
@@ -41,6 +42,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, ValidationE
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
+from w2r2_ds.config.schema import RunConfig
 from w2r2_ds.objective.reductions import mean_per_sample, token_log_p
 from w2r2_ds.utils.registry import Registry
 
@@ -84,7 +86,7 @@ class Overlaps:
 
 @dataclasses.dataclass(frozen=True)
 class PushInputs:
-    """Inputs of a push term; `states`, `overlaps` and `log_p_short` only if the term requires them.
+    """Inputs of a push term; `states`, `overlaps`, `log_p_short` and `has_other` only if the term requires them.
 
     ``answer tokens`` are those of all samples of the batch, one sample after another.
 
@@ -103,6 +105,7 @@ class PushInputs:
         log_p_short: ``[answer tokens, vocabulary]`` log p'.
         states: hidden states of both passes.
         overlaps: overlaps of expected boxes.
+        has_other: ``[batch]`` bool, the shortcut pass has the geometry of another scene.
     """
 
     log_p: Tensor
@@ -119,6 +122,7 @@ class PushInputs:
     log_p_short: Tensor | None = None
     states: States | None = None
     overlaps: Overlaps | None = None
+    has_other: Tensor | None = None
 
     @property
     def active(self) -> Tensor:
@@ -144,6 +148,8 @@ class PushTerm(BaseModel):
         needs_distribution: needs the shortcut's whole next-token distribution, `PushInputs.log_p_short`.
         needs_states: needs the hidden states of both passes, `PushInputs.states`.
         needs_boxes: needs expected boxes, `PushInputs.overlaps`, and so a tokenizer with one token per digit.
+        needs_other_geometry: the shortcut pass has the merged geometry of another scene of the micro-batch in place of
+            none, for the samples in `PushInputs.has_other`.
         stop_gradient: no gradient flows through the shortcut pass, as in the paper.
     """
 
@@ -153,6 +159,7 @@ class PushTerm(BaseModel):
     needs_distribution: ClassVar[bool] = False
     needs_states: ClassVar[bool] = False
     needs_boxes: ClassVar[bool] = False
+    needs_other_geometry: ClassVar[bool] = False
     stop_gradient: ClassVar[bool] = True
 
     def __call__(self, inputs: PushInputs) -> Tensor:
@@ -186,6 +193,24 @@ def build_push_term(options: Mapping[str, Any]) -> PushTerm:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"]))
         raise ValueError(f"objective.push_term.{field} of {name}: {first['msg']}, got {first['input']!r}.") from None
+
+
+def check_push_term(config: RunConfig) -> PushTerm:
+    """The push term of a run; checks it and the options that it depends on.
+
+    Raises:
+        ValueError: see `build_push_term`; or the term needs the geometry of another scene, and a micro-batch has one
+            scene only.
+    """
+    term = build_push_term(config.objective.push_term)
+    questions, micro_batch = config.data.questions_per_scene, config.train.micro_batch
+    if term.needs_other_geometry and micro_batch < 2 * questions:
+        raise ValueError(
+            f"objective.push_term {config.objective.push_term['name']} needs the geometry of another scene of the "
+            f"micro-batch, but train.micro_batch {micro_batch} with data.questions_per_scene {questions} has one "
+            f"scene; set train.micro_batch to at least {2 * questions}."
+        )
+    return term
 
 
 @register_push_term("none")
@@ -349,6 +374,31 @@ class ProductOfExperts(PushTerm):
         assert inputs.log_p_short is not None, "required by needs_distribution"
         product = torch.log_softmax(inputs.log_p + inputs.log_p_short, dim=-1)
         return inputs.lambda_det * inputs.mean(-token_log_p(product, inputs.label), inputs.where)
+
+
+@register_push_term("contrast")
+class Contrast(PushTerm):
+    """lambda * max(0, m - mean_W(log p(y) - log q(y))) for a sample with another scene's geometry, else 0.
+
+    The label must be likelier with the sample's own geometry than with another scene's, by m nats per token: a hinge on
+    the difference of log-likelihoods, as in contrastive learning with one negative. q is that of the shortcut pass with
+    Phi(F2D, G), where G is the merged geometry of another scene of the micro-batch. q is detached, as the shortcut of
+    the other terms: the gradient raises log p(y) on W up to the margin, and does not lower log q(y). The mean over W
+    has the scale of `margin`; it does not depend on the length of the answer, or on tokens that geometry cannot change.
+    Not gated by h.
+
+    Args:
+        margin: m, log-likelihood in nats by which the label must be likelier with the own geometry on *where* tokens.
+    """
+
+    margin: NonNegativeFloat = 1.0
+    needs_other_geometry: ClassVar[bool] = True
+
+    def __call__(self, inputs: PushInputs) -> Tensor:
+        assert inputs.has_other is not None, "required by needs_other_geometry"
+        ratio = inputs.mean(token_log_p(inputs.log_p, inputs.label) - inputs.label_log_p_short, inputs.where)
+        applies = inputs.has_other * inputs.has(inputs.where)
+        return inputs.lambda_det * applies * torch.clamp(self.margin - ratio, min=0)
 
 
 @register_push_term("unblocked")

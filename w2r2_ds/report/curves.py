@@ -10,7 +10,7 @@ from plotly.graph_objects import Figure, Scatter
 from w2r2_ds.report.collect import RunData
 
 SECTIONS = {
-    "Loss": ("loss", "align", "push"),
+    "Loss": ("loss", "align", "push", "push_active", "unpaired"),
     "Similarity s of the answers to their labels": ("s_short", "s_fused", "s_gain", "above_mu", "det"),
     "Answers without a valid box": ("invalid_short", "invalid_fused"),
     "Norms": ("grad_norm", "grad_norm_lora", "grad_norm_geometry", "geometry_norm"),

@@ -6,6 +6,7 @@ All errors that the user can correct are raised here, before the first step, mos
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ from w2r2_ds.data.mixture import Mixture
 from w2r2_ds.data.prepare.notes import preparation_notes
 from w2r2_ds.data.reraising_loader import ReraisingDataLoader
 from w2r2_ds.data.sampler import GlobalBatchSampler
+from w2r2_ds.data.scene_pairs import check_two_scenes
 from w2r2_ds.data.validate import check_depth, check_frames, check_sample_texts, describe_frames
 from w2r2_ds.kernels.select import check_attention, check_kernels, describe_attention, resolve_dtype
 from w2r2_ds.models.build import VlmFrontend, build_model, load_frontend
@@ -33,7 +35,7 @@ from w2r2_ds.models.family import require_row_attention
 from w2r2_ds.models.feature_cache import open_cache
 from w2r2_ds.models.lora import trainable_table
 from w2r2_ds.models.w2r2 import W2R2
-from w2r2_ds.objective.push_terms import build_push_term
+from w2r2_ds.objective.push_terms import check_push_term
 from w2r2_ds.training.cache_stats import describe_cache
 from w2r2_ds.training.checkpoint.compat import check_resumable
 from w2r2_ds.training.checkpoint.ownership import OwnershipToken
@@ -48,6 +50,7 @@ from w2r2_ds.training.throughput import Throughput, matrix_rate
 from w2r2_ds.training.trackers import check_trackers
 from w2r2_ds.training.validation import BestSoFar, MakeValidation, Validation
 from w2r2_ds.types.batch import Batch
+from w2r2_ds.types.sample import Sample
 from w2r2_ds.utils.distributed import raise_on_all_ranks
 
 if TYPE_CHECKING:
@@ -196,8 +199,8 @@ def check_inputs(
         ds_config.setdefault("checkpoint", {})["load_universal"] = True
     frontend = load_frontend(config.model)
     frontend = replace(frontend, cache=open_cache(config.data, config.model))
-    check_objective(config, frontend)
     samples = load_mixture(config.data, "train")
+    check_objective(config, frontend, samples)
     if start_point.checkpoint is not None:
         zero_stage = ds_config.get("zero_optimization", {}).get("stage", 0)
         check_resumable(start_point.checkpoint, config, zero_stage, digests(samples))
@@ -224,13 +227,16 @@ def check_inputs(
     return Inputs(dtype, ds_config, frontend, samples, device, validation, typical)
 
 
-def check_objective(config: RunConfig, frontend: VlmFrontend) -> None:
-    """Raise ValueError if the push term is unknown, or an option needs digit tokens or attention weights.
+def check_objective(config: RunConfig, frontend: VlmFrontend, samples: Iterable[Sample]) -> None:
+    """Raise ValueError if the push term is unknown, or an option needs digit tokens, attention weights or scenes.
 
-    Digit tokens depend on the tokenizer, attention weights on the VLM's family.
+    Digit tokens depend on the tokenizer, attention weights on the VLM's family, scenes on the training samples.
     """
-    if build_push_term(config.objective.push_term).needs_boxes:
-        require_digit_tokens(frontend.tokenizer, f"objective.push_term {config.objective.push_term['name']}")
+    term, name = check_push_term(config), f"objective.push_term {config.objective.push_term['name']}"
+    if term.needs_boxes:
+        require_digit_tokens(frontend.tokenizer, name)
+    if term.needs_other_geometry:
+        check_two_scenes(samples, name)
     if config.objective.shortcut_decode == "anchor":
         require_row_attention(frontend.family)
     if config.objective.shortcut_decode == "teacher":

@@ -6,6 +6,8 @@ Passes (see `two_pass.py` for their order):
   autograd graph;
 * fused: Phi(F2D, F3D), the pass from which the gradients come.
 
+For a push term with `needs_other_geometry`, the shortcut pass is Phi(F2D, G), with the geometry G of another scene.
+
 Every rank calls the same modules in the same order for every batch; a batch without frames has a dummy frame. The host
 synchronizes with the device only to compare captions and short answers, to decode greedily (`shortcut_decode: greedy`,
 the decode gap, validation), and to copy new features to the feature cache.
@@ -101,11 +103,17 @@ class W2R2Step(nn.Module):
         # The shortcut comes first in every module. A forward resets ZeRO-3's count of the gradients after which the
         # backward pass releases the module: if one under no_grad came last, the weights would stay gathered. The order
         # is the same in every step, so ZeRO-3's trace stays valid.
+        # With the geometry of another scene, both passes use the merger's output, so it comes before both.
+        merged = self.model.merge(geometry) if self.push_term.needs_other_geometry else None
         with self.shortcut_context():
-            shortcut_visual = self.fuse_shortcut(vision_output, geometry)
+            if merged is None:
+                shortcut_visual = self.fuse_shortcut(vision_output, geometry)
+            else:
+                shortcut_visual = self.model.fuse(vision_output, other_geometry(merged, batch))
             answers = self.decode(batch, shortcut_visual) if self.objective.shortcut_decode == "greedy" else None
-        # With a detached shortcut the autograd graph starts here: all gradients come from the fused pass.
-        merged = self.model.merge(geometry)
+        # With a detached shortcut all gradients come from the fused pass.
+        if merged is None:
+            merged = self.model.merge(geometry)
         fused = self.model.fuse(vision_output, merged, self.token_mask(batch, geometry, optimizer_step))
         # With greedy decoding the answers are known already; the teacher-forced shortcut pass still runs, because the
         # push terms need its distributions at the answer positions.
@@ -219,6 +227,21 @@ class W2R2Step(nn.Module):
         # Called at a layer's first forward: whether dropout is disabled now identifies the pass.
         is_shortcut = bool(self.dropouts) and not self.dropouts[0].training
         return nullcontext(), without_dropout(self.dropouts) if is_shortcut else nullcontext()
+
+
+def other_geometry(merged: Tensor, batch: Batch) -> Tensor:
+    """The merged geometry of another scene at every visual token, ``[tokens, hidden]``; 0 where there is none.
+
+    Args:
+        merged: ``[tokens, hidden]`` merged geometry of all images.
+        batch: with `other_geometry`. For a batch without frames (dummy) the result is 0.
+    """
+    pairs = batch.other_geometry
+    assert pairs is not None, "a training batch has it"
+    if batch.visuals.dummy:
+        return torch.zeros_like(merged)
+    other = merged.index_select(0, pairs.token.clamp(min=0))
+    return torch.where((pairs.token >= 0)[:, None], other, 0.0)
 
 
 @torch.no_grad()

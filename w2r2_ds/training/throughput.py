@@ -97,9 +97,7 @@ def groups(batch: Batch) -> Iterable[tuple[int, ...]]:
 def step_flops(model: W2R2, push_term: PushTerm, batch: Batch) -> float:
     """Model FLOPs of forward and backward of one micro-batch."""
     towers = vision_flops(model, batch.visuals) + geometry_flops(model.geometry, batch.visuals)
-    return (
-        towers + merger_flops(model, batch.visuals, push_term.stop_gradient) + language_flops(model, push_term, batch)
-    )
+    return towers + merger_flops(model, batch.visuals, push_term) + language_flops(model, push_term, batch)
 
 
 def language_flops(model: W2R2, push_term: PushTerm, batch: Batch) -> float:
@@ -121,17 +119,18 @@ def vision_flops(model: W2R2, visuals: Visuals) -> float:
     return sum(model.family.vision_flops(tower, each.grid_thw.tolist()) for each in given)
 
 
-def merger_flops(model: W2R2, visuals: Visuals, stop_gradient: bool) -> float:
+def merger_flops(model: W2R2, visuals: Visuals, push_term: PushTerm) -> float:
     """Model FLOPs of the geometry merger and the fusion, in each pass that runs them."""
     tokens = sum(visuals.sizes)
     merger, fusion = products(model.geometry_merger, tokens), products(model.fusion, tokens)
-    # The shortcut runs the merger on zero features, and the fusion unless Phi(F2D, 0) is F2D.
-    short = Work()
-    if model.zero_geometry == "features":
+    # The shortcut runs the merger on zero features, and the fusion unless Phi(F2D, 0) is F2D. With the geometry of
+    # another scene it runs the fusion only: the merger's output is that of the fused pass.
+    short, zero_features = Work(), model.zero_geometry == "features" and not push_term.needs_other_geometry
+    if zero_features:
         short = short + merger
-    if model.zero_geometry == "features" or not model.fusion.zero_is_stock:
+    if zero_features or push_term.needs_other_geometry or not model.fusion.zero_is_stock:
         short = short + fusion
-    return merger.total + fusion.total + (short.forward if stop_gradient else short.total)
+    return merger.total + fusion.total + (short.forward if push_term.stop_gradient else short.total)
 
 
 def geometry_flops(encoder: GeometryEncoder, visuals: Visuals) -> float:

@@ -115,6 +115,20 @@ class AnchorInputs:
 
 
 @dataclass(frozen=True)
+class OtherGeometry:
+    """The geometry of another scene for every frame set of a batch, for push terms that contrast with it.
+
+    Attributes:
+        token: ``[visual tokens]`` int64, index of the visual token at the same place in the frame set of another scene;
+            -1 if the batch has no such frame set with the same patch grids.
+        exists: ``[batch]`` bool, there is one for the sample; False without frames.
+    """
+
+    token: torch.Tensor
+    exists: torch.Tensor
+
+
+@dataclass(frozen=True)
 class Batch:
     """One micro-batch. ``sequences`` equals ``batch`` (the number of samples), or is 1 if the samples are packed.
 
@@ -143,6 +157,7 @@ class Batch:
         answers: text of every answer.
         prompts: prompts without answers, to decode answers during training; None if the collator does not make them.
         anchors: rays of the visual tokens, for attention anchors; None if the collator does not make them.
+        other_geometry: visual tokens of other scenes; None for generation.
     """
 
     ids: tuple[str, ...]
@@ -165,6 +180,7 @@ class Batch:
     answers: tuple[str, ...]
     prompts: Prompts | None = None
     anchors: AnchorInputs | None = None
+    other_geometry: OtherGeometry | None = None
 
     def to(self, device: torch.device) -> Batch:
         """The batch on `device`; copies from pinned memory are asynchronous."""

@@ -19,6 +19,7 @@ import pytest
 import zero3_cases
 from anchor_batches import write_intrinsic
 from runs import ZERO3, run_ranks
+from two_scenes import two_scenes
 from w2r2_ds.models.fusion import FUSIONS
 from w2r2_ds.objective.push_terms import PUSH_TERMS
 from zero3_cases import Case, write_cases
@@ -27,8 +28,10 @@ pytestmark = [pytest.mark.distributed, pytest.mark.timeout(1800)]
 
 GRADIENT_TOLERANCE = 1e-6
 """Tolerance relative to each tensor's norm in float32: two ranks sum in another order than one."""
-SIMILAR = {"four": 0.2, "three": 0.9, "twelve": 0.75, "words": 0.95, "more words": 0.1}
+SIMILAR = {"four": 0.2, "three": 0.9, "twelve": 0.75, "words": 0.95, "more words": 0.1, "other four": 0.5}
 SPLIT = [[["four", "three"]], [["twelve", "three"]]]
+TWO_SCENES = [[["four", "other four"]], [["twelve", "three"]]]
+"""Samples for the push term `contrast`: a pair on one rank, none on the other."""
 FACTORS: dict[str, Sequence[Any]] = {
     "push": list(PUSH_TERMS),
     "checkpointing": [False, True],
@@ -59,7 +62,8 @@ def matrix_case(row: dict[str, Any]) -> Case:
     name = "-".join(str(value) for value in row.values())
     objective = {"push": row["push"], "margin": 30.0, "mu": 0.001 if row["push"] == "unblocked" else 0.7}
     model = {"zero_geometry": row["zero_geometry"], "fusion": row["fusion"]}
-    return Case(name, SPLIT, objective, model, row["checkpointing"], row["visual"])
+    split = TWO_SCENES if row["push"] == "contrast" else SPLIT
+    return Case(name, split, objective, model, row["checkpointing"], row["visual"])
 
 
 def run_cases(folder: Path, cases: list[Case], model_config: Any, samples: dict[str, Any]) -> tuple[Any, str]:
@@ -96,7 +100,8 @@ def named_samples(samples: list[Any]) -> dict[str, Any]:
             kind="answer",
             what=(0, 0),
         )
-    return result
+    first, _, last = two_scenes([result[sample.id] for sample in samples])
+    return result | {"other four": replace(last, id="other four", answer=first.answer)}
 
 
 ROBUST = [
@@ -117,19 +122,24 @@ ROBUST = [
     Case("unequal frames and steps", [[["twelve"], ["words"]], [["three"], ["four"]]], {"margin": 30.0}, {}, True),
     Case("text beside video", [[["words"]], [["four"]]], {"push": "representation"}, {}, True, "video"),
     Case("text beside cross-attention", [[["words"]], [["twelve"]]], {}, {"fusion": "cross_attention"}),
+    Case("text beside contrast", [[["words", "more words"]], [["four", "other four"]]], {"push": "contrast"}),
     Case("text, graph of the shortcut kept", [[["words"]], [["four"]]], {"push": "unblocked", "mu": 0.001}),
 ]
 TRACED = [
     Case(
         f"traced {push} {pass_order} {checkpointing}",
-        SPLIT,
+        split,
         {"push": push, "margin": 30.0},
         {},
         checkpointing,
         steps=4,
         pass_order=pass_order,
     )
-    for push, pass_order in (("margin", "lockstep"), ("representation", "sequential"))
+    for push, pass_order, split in (
+        ("margin", "lockstep", SPLIT),
+        ("representation", "sequential", SPLIT),
+        ("contrast", "lockstep", TWO_SCENES),
+    )
     for checkpointing in (False, True)
 ]
 GREEDY = [

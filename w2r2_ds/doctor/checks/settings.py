@@ -29,12 +29,12 @@ def needed_packages(config: RunConfig | None) -> frozenset[str]:
 
 def check_settings(config: RunConfig, ds_path: str, world: int) -> CheckResult:
     """Check push term, DeepSpeed JSON (if any) and batch sizes for `world` ranks with the functions of training."""
-    from w2r2_ds.objective.push_terms import build_push_term
+    from w2r2_ds.objective.push_terms import check_push_term
     from w2r2_ds.training.deepspeed.config import load_ds_config, resolve_ds_config
 
     result = CheckResult()
     try:
-        build_push_term(config.objective.push_term)
+        check_push_term(config)
     except ValueError as error:
         result.errors.append(str(error))
     if not ds_path:
