@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 
-from w2r2_ds.demo.pretraining.card import write_card
-from w2r2_ds.demo.pretraining.evaluate import evaluate
-from w2r2_ds.demo.pretraining.export import export_weights
-from w2r2_ds.demo.pretraining.run import round_to_bfloat16, run_stages
-from w2r2_ds.demo.pretraining.settings import Settings
+from w2r2_ds.demo.pretraining.pair.card import write_card
+from w2r2_ds.demo.pretraining.pair.evaluate import evaluate
+from w2r2_ds.demo.pretraining.pair.export import export_weights
+from w2r2_ds.demo.pretraining.pair.run import round_to_bfloat16, run_stages
+from w2r2_ds.demo.pretraining.pair.settings import Settings
 
 
 def main(args: list[str] | None = None) -> None:

@@ -8,10 +8,10 @@ from typing import Literal
 import numpy as np
 
 from w2r2_ds.data.tasks import scan2cap, scanqa, scanrefer
-from w2r2_ds.demo.pretraining.model import phrase
-from w2r2_ds.demo.pretraining.rooms import CLASSES, COLORS
-from w2r2_ds.demo.pretraining.settings import Settings
-from w2r2_ds.demo.pretraining.views import RoomData, View
+from w2r2_ds.demo.pretraining.pair.model import phrase
+from w2r2_ds.demo.pretraining.pair.rooms.room_set import CLASSES, COLORS
+from w2r2_ds.demo.pretraining.pair.rooms.views import RoomData, View
+from w2r2_ds.demo.pretraining.pair.settings import Settings
 from w2r2_ds.demo.synthetic.phrases import CLASS_ALONE
 
 DECIMALS = 1

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from w2r2_ds.demo.pretraining.frames import WorldFrame, turns_to_camera, world_frame
-from w2r2_ds.demo.pretraining.rooms import BACKGROUND, TOKEN_GRID, RoomSet
-from w2r2_ds.demo.pretraining.settings import ROOM_FRAMES, SAMPLE_FRAMES
+from w2r2_ds.demo.pretraining.pair.rooms.frames import WorldFrame, turns_to_camera, world_frame
+from w2r2_ds.demo.pretraining.pair.rooms.room_set import BACKGROUND, TOKEN_GRID, RoomSet
+from w2r2_ds.demo.pretraining.pair.settings import ROOM_FRAMES, SAMPLE_FRAMES
 
 
 class RoomData:

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from w2r2_ds.demo.pretraining.muon import Muon
-from w2r2_ds.demo.pretraining.pair import BOX_LAYERS, Pair
-from w2r2_ds.demo.pretraining.scene_attention import run_layers
+from w2r2_ds.demo.pretraining.pair.pair import BOX_LAYERS, Pair
+from w2r2_ds.demo.pretraining.pair.rooms.views import RoomData, View, draw_view, stack_views
+from w2r2_ds.demo.pretraining.pair.scene_attention import run_layers
+from w2r2_ds.demo.pretraining.pair.settings import HIDDEN, Settings
+from w2r2_ds.demo.pretraining.pair.stages.tower import MIN_PIXELS
 from w2r2_ds.demo.pretraining.schedule import set_learning_rates, warm_up_and_decay
-from w2r2_ds.demo.pretraining.settings import HIDDEN, Settings
-from w2r2_ds.demo.pretraining.tower import MIN_PIXELS
-from w2r2_ds.demo.pretraining.views import RoomData, View, draw_view, stack_views
 
 WAVELENGTHS = (8.0, 4.0, 2.0, 1.0)
 """Wavelengths in metres of the sines and cosines of a box's corners, which the head predicts."""

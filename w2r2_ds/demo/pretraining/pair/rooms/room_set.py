@@ -14,7 +14,7 @@ from PIL import Image
 from w2r2_ds.data.frames.point_maps import camera_points, patch_positions
 from w2r2_ds.data.frames.projection import MIN_VISIBLE_FRACTION, projected_area, visible_fraction
 from w2r2_ds.data.sources.depth_frames import DepthFrame
-from w2r2_ds.demo.pretraining.settings import IMAGE_SIZE, ROOM_FRAMES
+from w2r2_ds.demo.pretraining.pair.settings import IMAGE_SIZE, ROOM_FRAMES
 from w2r2_ds.demo.synthetic.furniture import KINDS, PALETTE
 from w2r2_ds.demo.synthetic.questions import make_questions
 from w2r2_ds.demo.synthetic.render import Renderer, pinhole

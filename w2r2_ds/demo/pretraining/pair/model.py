@@ -10,8 +10,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
 from w2r2_ds.data.tasks import scan2cap, scanqa, scanrefer
-from w2r2_ds.demo.pretraining.rooms import CLASSES, COLORS, GEOMETRY, room_generator
-from w2r2_ds.demo.pretraining.settings import HIDDEN, MERGER_HIDDEN, ROOM_FRAMES, SAMPLE_FRAMES, TEXT_SIZES, TOWER_SIZES
+from w2r2_ds.demo.pretraining.pair.rooms.room_set import CLASSES, COLORS, GEOMETRY, room_generator
+from w2r2_ds.demo.pretraining.pair.settings import (
+    HIDDEN,
+    MERGER_HIDDEN,
+    ROOM_FRAMES,
+    SAMPLE_FRAMES,
+    TEXT_SIZES,
+    TOWER_SIZES,
+)
 from w2r2_ds.demo.synthetic.questions import make_questions
 from w2r2_ds.demo.synthetic.rooms import make_room
 from w2r2_ds.demo.synthetic.sentences import make_sentences
@@ -73,7 +80,7 @@ def make_vlm(tokenizer: Qwen2Tokenizer, seed: int) -> PreTrainedModel:
         vlm = Qwen2_5_VLForConditionalGeneration(config)
     generator = torch.Generator().manual_seed(seed + 1)
     for name, parameter in vlm.named_parameters():
-        if parameter.ndim < 2 or "lm_head" in name or "patch_embed" in name:  # tied; set by `tower.py`
+        if parameter.ndim < 2 or "lm_head" in name or "patch_embed" in name:  # tied; set by `stages/tower.py`
             continue
         std = parameter[0].numel() ** -0.5
         if name.endswith(("o_proj.weight", "down_proj.weight", "attn.proj.weight")):

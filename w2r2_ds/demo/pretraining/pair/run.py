@@ -10,17 +10,17 @@ from typing import Any
 import torch
 from transformers import Qwen2Tokenizer
 
-from w2r2_ds.demo.pretraining.dense_boxes import BoxHead, DenseBoxTrainer, train_boxes
-from w2r2_ds.demo.pretraining.evaluate import evaluate
-from w2r2_ds.demo.pretraining.model import make_merger, make_tokenizer, make_vlm, word_vectors
-from w2r2_ds.demo.pretraining.pair import Pair
-from w2r2_ds.demo.pretraining.prompts import Prompts
-from w2r2_ds.demo.pretraining.questions import QuestionTrainer, train_questions
+from w2r2_ds.demo.pretraining.pair.evaluate import evaluate
+from w2r2_ds.demo.pretraining.pair.model import make_merger, make_tokenizer, make_vlm, word_vectors
+from w2r2_ds.demo.pretraining.pair.pair import Pair
+from w2r2_ds.demo.pretraining.pair.prompts import Prompts
+from w2r2_ds.demo.pretraining.pair.rooms.room_set import RoomSet, load_rooms, make_rooms, save_rooms
+from w2r2_ds.demo.pretraining.pair.rooms.views import RoomData
+from w2r2_ds.demo.pretraining.pair.settings import Settings
+from w2r2_ds.demo.pretraining.pair.stages.dense_boxes import BoxHead, DenseBoxTrainer, train_boxes
+from w2r2_ds.demo.pretraining.pair.stages.questions import QuestionTrainer, train_questions
+from w2r2_ds.demo.pretraining.pair.stages.tower import TowerTrainer, accuracy, encode_rooms, train_tower
 from w2r2_ds.demo.pretraining.record import StageRecord
-from w2r2_ds.demo.pretraining.rooms import RoomSet, load_rooms, make_rooms, save_rooms
-from w2r2_ds.demo.pretraining.settings import Settings
-from w2r2_ds.demo.pretraining.tower import TowerTrainer, accuracy, encode_rooms, train_tower
-from w2r2_ds.demo.pretraining.views import RoomData
 from w2r2_ds.models.patch_embedding import use_matrix_products
 
 logger = logging.getLogger(__name__)

@@ -44,6 +44,7 @@ class Settings:
         box_steps: steps of stage 2.
         box_rooms: rooms of a step of stage 2.
         question_steps: steps of stage 3.
+        geometry_steps: first steps of stage 3, in which all rooms have geometry.
         question_rooms: rooms of a step of stage 3.
         questions: questions about a room in a step of stage 3.
         eval_every: steps of stage 3 between two evaluations.
@@ -51,7 +52,8 @@ class Settings:
         adamw_lr: learning rate of all other weights (AdamW).
         early_factor: factor on the learning rate of the matrices of stage 2, in stage 3.
         box_weight: weight of the loss of stage 2 in stage 3.
-        only_2d: share of the rooms of stage 3 without geometry.
+        attention_weight: weight of the loss on attention in stage 3.
+        only_2d: share of the rooms without geometry, in the other steps of stage 3.
         captions: share of the questions of stage 3 that ask for a description.
         answers: share of the questions of stage 3 that ask for a colour or a number.
     """
@@ -63,14 +65,16 @@ class Settings:
     tower_frames: int = 24
     box_steps: int = 1500
     box_rooms: int = 16
-    question_steps: int = 4000
+    question_steps: int = 2600
+    geometry_steps: int = 700
     question_rooms: int = 10
     questions: int = 6
-    eval_every: int = 500
+    eval_every: int = 400
     muon_lr: float = 0.02
     adamw_lr: float = 3e-3
     early_factor: float = 0.2
     box_weight: float = 10.0
+    attention_weight: float = 0.3
     only_2d: float = 0.3
     captions: float = 0.12
     answers: float = 0.1

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from transformers import Qwen2Tokenizer
 
+from w2r2_ds.demo.pretraining.pair.rooms.room_set import make_rooms
+from w2r2_ds.demo.pretraining.pair.run import Pretraining
+from w2r2_ds.demo.pretraining.pair.settings import IMAGE_SIZE, MERGER_HIDDEN, SAMPLE_FRAMES, Settings
 from w2r2_ds.demo.pretraining.record import FIRST, StageRecord
-from w2r2_ds.demo.pretraining.rooms import make_rooms
-from w2r2_ds.demo.pretraining.run import Pretraining
-from w2r2_ds.demo.pretraining.settings import IMAGE_SIZE, MERGER_HIDDEN, SAMPLE_FRAMES, Settings
 
 CARD, TEXT = "card.json", "card.md"
 SHORT = Settings(

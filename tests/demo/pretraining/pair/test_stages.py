@@ -9,15 +9,23 @@ import numpy as np
 import pytest
 import torch
 
-from w2r2_ds.demo.pretraining.dense_boxes import box_targets, corners_of
-from w2r2_ds.demo.pretraining.evaluate import grounding_scores
-from w2r2_ds.demo.pretraining.frames import turns_to_camera, world_frame
 from w2r2_ds.demo.pretraining.muon import orthogonalise
-from w2r2_ds.demo.pretraining.rooms import BACKGROUND, CLASSES, COLORS, TOKENS, load_rooms, room_generator, save_rooms
-from w2r2_ds.demo.pretraining.settings import Settings
-from w2r2_ds.demo.pretraining.tasks import draw_questions, targets
-from w2r2_ds.demo.pretraining.tower import MIN_PIXELS, monocular_boxes, patch_labels
-from w2r2_ds.demo.pretraining.views import RoomData, View, draw_view, make_view
+from w2r2_ds.demo.pretraining.pair.evaluate import grounding_scores
+from w2r2_ds.demo.pretraining.pair.rooms.frames import turns_to_camera, world_frame
+from w2r2_ds.demo.pretraining.pair.rooms.room_set import (
+    BACKGROUND,
+    CLASSES,
+    COLORS,
+    TOKENS,
+    load_rooms,
+    room_generator,
+    save_rooms,
+)
+from w2r2_ds.demo.pretraining.pair.rooms.tasks import draw_questions, targets
+from w2r2_ds.demo.pretraining.pair.rooms.views import RoomData, View, draw_view, make_view
+from w2r2_ds.demo.pretraining.pair.settings import Settings
+from w2r2_ds.demo.pretraining.pair.stages.dense_boxes import box_targets, corners_of
+from w2r2_ds.demo.pretraining.pair.stages.tower import MIN_PIXELS, monocular_boxes, patch_labels
 from w2r2_ds.demo.synthetic.options import scene_seed
 from w2r2_ds.demo.synthetic.rooms import make_room
 from w2r2_ds.demo.synthetic.world_frame import corner_frame

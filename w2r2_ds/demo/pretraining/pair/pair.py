@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from w2r2_ds.demo.pretraining.prompts import Prompts
-from w2r2_ds.demo.pretraining.scene_attention import SCENE_ATTENTION
+from w2r2_ds.demo.pretraining.pair.prompts import Prompts
+from w2r2_ds.demo.pretraining.pair.scene_attention import SCENE_ATTENTION
 from w2r2_ds.models.geometry.point_map import PointMapEncoder
 from w2r2_ds.models.merger import GeometryMerger
 
 BOX_LAYERS = 2
-"""First decoder layers, which are trained with the merger on boxes (`dense_boxes.py`)."""
+"""First decoder layers, which are trained with the merger on boxes (`stages/dense_boxes.py`)."""
 
 
 class Pair:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import log_softmax
 
 from w2r2_ds.demo.pretraining.muon import Muon
-from w2r2_ds.demo.pretraining.rooms import (
+from w2r2_ds.demo.pretraining.pair.rooms.room_set import (
     BACKGROUND,
     CLASSES,
     COLORS,
@@ -25,8 +25,8 @@ from w2r2_ds.demo.pretraining.rooms import (
     TOKENS,
     RoomSet,
 )
+from w2r2_ds.demo.pretraining.pair.settings import HIDDEN, ROOM_FRAMES, Settings
 from w2r2_ds.demo.pretraining.schedule import set_learning_rates, warm_up_and_decay
-from w2r2_ds.demo.pretraining.settings import HIDDEN, ROOM_FRAMES, Settings
 from w2r2_ds.models.qwen2_5_vl.pixels import patchify
 
 PATCH_GRID = torch.tensor([[1, *GRID]])

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from w2r2_ds.demo.pretraining.rooms import GRID, RoomSet
+from w2r2_ds.demo.pretraining.pair.rooms.room_set import GRID, RoomSet
 from w2r2_ds.demo.synthetic.world_frame import quarter_turns
 
 

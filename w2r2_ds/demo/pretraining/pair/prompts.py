@@ -11,8 +11,8 @@ import torch
 from transformers import PreTrainedModel
 
 from w2r2_ds.data.processor import QUESTION_PLACEHOLDER
-from w2r2_ds.demo.pretraining.rooms import GRID, TOKENS
-from w2r2_ds.demo.pretraining.settings import SAMPLE_FRAMES
+from w2r2_ds.demo.pretraining.pair.rooms.room_set import GRID, TOKENS
+from w2r2_ds.demo.pretraining.pair.settings import SAMPLE_FRAMES
 from w2r2_ds.models.family import find_family
 
 

@@ -14,15 +14,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from w2r2_ds.demo.pretraining.dense_boxes import BoxHead, box_targets, prefix_positions
 from w2r2_ds.demo.pretraining.muon import Muon
-from w2r2_ds.demo.pretraining.pair import BOX_LAYERS, Pair
-from w2r2_ds.demo.pretraining.prompts import Prompts
-from w2r2_ds.demo.pretraining.scene_attention import Blocks, run_layers
+from w2r2_ds.demo.pretraining.pair.pair import BOX_LAYERS, Pair
+from w2r2_ds.demo.pretraining.pair.prompts import Prompts
+from w2r2_ds.demo.pretraining.pair.rooms.tasks import TaskQuestion, draw_questions, targets
+from w2r2_ds.demo.pretraining.pair.rooms.views import RoomData, View, draw_view, stack_views
+from w2r2_ds.demo.pretraining.pair.scene_attention import Blocks, run_layers
+from w2r2_ds.demo.pretraining.pair.settings import Settings
+from w2r2_ds.demo.pretraining.pair.stages.dense_boxes import BoxHead, box_targets, prefix_positions
+from w2r2_ds.demo.pretraining.pair.stages.tower import MIN_PIXELS
 from w2r2_ds.demo.pretraining.schedule import set_learning_rates, warm_up_and_decay
-from w2r2_ds.demo.pretraining.settings import Settings
-from w2r2_ds.demo.pretraining.tasks import TaskQuestion, draw_questions, targets
-from w2r2_ds.demo.pretraining.views import RoomData, View, draw_view, stack_views
 
 PUNCTUATION_WEIGHT = 0.1
 """Weight of the tokens ``,`` and ``.``, which are soon learnt, in the loss."""
@@ -61,7 +62,13 @@ def pack(prompts: Prompts, rows: Sequence[Sequence[TaskQuestion]]) -> Packed:
     return Packed(ids, labels)
 
 
-def packed_states(pair: Pair, views: Sequence[View], with_geometry: Tensor, packed: Packed) -> tuple[Tensor, Tensor]:
+def packed_states(
+    pair: Pair,
+    views: Sequence[View],
+    with_geometry: Tensor,
+    packed: Packed,
+    maps: list[Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
     """States of packed questions.
 
     Args:
@@ -69,6 +76,7 @@ def packed_states(pair: Pair, views: Sequence[View], with_geometry: Tensor, pack
         views: one view per room.
         with_geometry: ``[rooms]`` bool; False for rooms in 2D only.
         packed: questions about each room.
+        maps: list to which the attention of the layers after `BOX_LAYERS` is appended, see `scene_attention`.
 
     Returns:
         ``[answer tokens, hidden]`` outputs of the last layer that predict the labels, in the order of `packed.labels`;
@@ -81,9 +89,22 @@ def packed_states(pair: Pair, views: Sequence[View], with_geometry: Tensor, pack
     positions = torch.cat([prefix_positions(pair, rows), own], -1)
     blocks = Blocks(len(prompts.prefix), count, length)
     early = run_layers(pair.text, embeddings, positions, end=BOX_LAYERS, blocks=blocks)
-    late = run_layers(pair.text, early, positions, begin=BOX_LAYERS, blocks=blocks)
+    late = run_layers(pair.text, early, positions, begin=BOX_LAYERS, blocks=blocks, maps=maps)
     states = late[:, blocks.prefix :].unflatten(1, (count, length))[packed.labels != IGNORED]
     return states, early[:, prompts.visual]
+
+
+def object_tokens(views: Sequence[View], questions: Sequence[Sequence[TaskQuestion]]) -> Tensor:
+    """``[rooms, questions, visual tokens]`` bool: the tokens that show a question's object; none without an object.
+
+    They have at least `MIN_PIXELS` pixels of it, or as many as any token has.
+    """
+    rows = []
+    for view, row in zip(views, questions, strict=True):
+        for question in row:
+            pixels = view.pixels[..., max(question.target, 0)].reshape(-1)
+            rows.append((pixels >= min(MIN_PIXELS, pixels.max())) & (pixels > 0) & (question.target >= 0))
+    return torch.from_numpy(np.stack(rows)).unflatten(0, (len(views), -1))
 
 
 class QuestionTrainer:
@@ -114,26 +135,57 @@ class QuestionTrainer:
         """Step `number`, from 0; returns the losses."""
         factor = warm_up_and_decay(number, self.settings.question_steps, warm_up=50, decay=0.6)
         set_learning_rates(self.optimizers, self.rates, factor)
-        with_geometry = torch.from_numpy(self.rng.random(self.settings.question_rooms) >= self.settings.only_2d)
+        only_2d = self.settings.only_2d if number >= self.settings.geometry_steps else 0.0
+        with_geometry = torch.from_numpy(self.rng.random(self.settings.question_rooms) >= only_2d)
         views = [self._draw_view(bool(geometry)) for geometry in with_geometry]
-        packed = pack(self.pair.prompts, [draw_questions(self.data, view, self.rng, self.settings) for view in views])
-        losses = self.losses(views, with_geometry, packed)
-        (losses["answers"] + self.settings.box_weight * losses["boxes"]).backward()
+        questions = [draw_questions(self.data, view, self.rng, self.settings) for view in views]
+        losses = self.losses(views, with_geometry, questions)
+        weights = {"answers": 1.0, "boxes": self.settings.box_weight, "attention": self.settings.attention_weight}
+        total: Tensor = sum((weights[name] * loss for name, loss in losses.items()), torch.zeros(()))
+        total.backward()
         torch.nn.utils.clip_grad_norm_(self.others, 1.0)
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad()
         return {name: float(loss.detach()) for name, loss in losses.items()}
 
-    def losses(self, views: Sequence[View], with_geometry: Tensor, packed: Packed) -> dict[str, Tensor]:
-        """Weighted mean cross-entropy of the answer tokens, and the loss of stage 2 in rooms with geometry."""
-        states, visual = packed_states(self.pair, views, with_geometry, packed)
+    def losses(
+        self, views: Sequence[View], with_geometry: Tensor, questions: Sequence[Sequence[TaskQuestion]]
+    ) -> dict[str, Tensor]:
+        """Losses of questions about rooms.
+
+        Returns:
+            ``answers``: weighted mean cross-entropy of the answer tokens; ``boxes``: loss of stage 2 in rooms with
+            geometry; ``attention``: see `attention_loss`.
+        """
+        maps: list[Tensor] = []
+        packed = pack(self.pair.prompts, questions)
+        states, visual = packed_states(self.pair, views, with_geometry, packed, maps)
         corners, mask = box_targets(views)
         boxes = self.head.loss(visual, corners, mask * with_geometry[:, None])
         labels = packed.labels[packed.labels != IGNORED]
         errors = cross_entropy(self.pair.logits(states), labels, reduction="none")
         weights = self.token_weights[labels]
-        return {"answers": (errors * weights).sum() / weights.sum(), "boxes": boxes}
+        attention = self.attention_loss(maps, packed, object_tokens(views, questions))
+        return {"answers": (errors * weights).sum() / weights.sum(), "boxes": boxes, "attention": attention}
+
+    def attention_loss(self, maps: Sequence[Tensor], packed: Packed, shown: Tensor) -> Tensor:
+        """Mean negative logarithm of the attention to an object's tokens, over layers and answer tokens.
+
+        Args:
+            maps: attention of layers, see `scene_attention`.
+            packed: questions.
+            shown: ``[rooms, questions, visual tokens]`` bool of `object_tokens`.
+        """
+        # Not for the token that predicts the end of the turn.
+        chosen = (packed.labels != IGNORED) & (packed.labels != self.pair.prompts.end_of_turn)
+        chosen = chosen & shown.any(-1, keepdim=True)
+        total = torch.zeros(())
+        for each in maps:
+            to_visual = each.mean(1)[..., self.pair.prompts.visual]  # [rooms, questions, tokens, visual tokens]
+            mass = (to_visual * shown[:, :, None]).sum(-1)[chosen]
+            total = total - torch.log(mass + 1e-4).mean()
+        return total / len(maps)
 
     def _draw_view(self, geometry: bool) -> View:
         """A random view that shows at least one target."""

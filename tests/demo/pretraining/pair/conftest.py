@@ -12,9 +12,9 @@ from w2r2_ds.data.frames.selection import FrameOptions
 from w2r2_ds.data.prepare.pipeline import prepare
 from w2r2_ds.data.prepared_set import PreparedSet
 from w2r2_ds.data.tasks.base import TaskOptions
-from w2r2_ds.demo.pretraining.rooms import RoomSet, render_room, stack_rooms
-from w2r2_ds.demo.pretraining.settings import IMAGE_SIZE, ROOM_FRAMES, SAMPLE_FRAMES
-from w2r2_ds.demo.pretraining.tasks import DECIMALS
+from w2r2_ds.demo.pretraining.pair.rooms.room_set import RoomSet, render_room, stack_rooms
+from w2r2_ds.demo.pretraining.pair.rooms.tasks import DECIMALS
+from w2r2_ds.demo.pretraining.pair.settings import IMAGE_SIZE, ROOM_FRAMES, SAMPLE_FRAMES
 from w2r2_ds.demo.synthetic.options import scene_seed
 from w2r2_ds.demo.synthetic.rooms import make_room
 from w2r2_ds.demo.synthetic.write import write_dataset

@@ -43,6 +43,7 @@ def scene_attention(
     scaling: float,
     dropout: float = 0.0,
     blocks: Blocks | None = None,
+    maps: list[Tensor] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention of transformers' signature; causal without `blocks`.
@@ -55,6 +56,7 @@ def scene_attention(
         scaling: factor on the scores.
         dropout: must be 0.
         blocks: layout of the rows; None for one sequence per row.
+        maps: list to which the weights of the prefix's tokens, ``[rows, heads, blocks, length, prefix]``, are appended.
         kwargs: not used.
 
     Returns:
@@ -78,6 +80,8 @@ def scene_attention(
     to_own = to_own + torch.full((blocks.length, blocks.length), float("-inf")).triu(1)
     weights = torch.cat([to_prefix, to_own], -1).softmax(-1)
     prefix_weights, own_weights = weights.split([blocks.prefix, blocks.length], -1)
+    if maps is not None:
+        maps.append(prefix_weights)
     of_own = prefix_weights.reshape(rows, heads, -1, blocks.prefix) @ value_prefix
     of_own = of_own + (own_weights @ value_own.reshape(*split, size)).view(rows, heads, -1, size)
     return torch.cat([of_prefix, of_own], 2).transpose(1, 2), None
@@ -94,6 +98,7 @@ def run_layers(
     begin: int = 0,
     end: int | None = None,
     blocks: Blocks | None = None,
+    maps: list[Tensor] | None = None,
     cache: Cache | None = None,
 ) -> Tensor:
     """Decoder layers ``[begin, end)`` of a language model whose attention is `SCENE_ATTENTION`.
@@ -103,7 +108,7 @@ def run_layers(
         embeddings: ``[rows, tokens, hidden]`` input of the first of these layers.
         positions: ``[3, rows, tokens]`` rotary positions.
         begin, end: numbers of layers.
-        blocks: see `scene_attention`.
+        blocks, maps: see `scene_attention`.
         cache: keys and values of earlier tokens; extended.
 
     Returns:
@@ -113,6 +118,11 @@ def run_layers(
     states = embeddings
     for layer in text.layers[begin:end]:
         states = layer(
-            states, position_embeddings=rotary, past_key_values=cache, use_cache=cache is not None, blocks=blocks
+            states,
+            position_embeddings=rotary,
+            past_key_values=cache,
+            use_cache=cache is not None,
+            blocks=blocks,
+            maps=maps,
         )
     return states

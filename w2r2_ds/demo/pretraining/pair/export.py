@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from w2r2_ds.demo.pretraining.run import Pretraining
+from w2r2_ds.demo.pretraining.pair.run import Pretraining
 from w2r2_ds.demo.tiny_models import save_tiny_vlm
 from w2r2_ds.models.merger_io import MERGER
 

@@ -1,0 +1,1 @@
+"""Data of the pretraining: rendered rooms, their world frames, views, and questions."""

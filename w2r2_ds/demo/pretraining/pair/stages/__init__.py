@@ -1,0 +1,1 @@
+"""Stages of the pretraining: vision tower, dense boxes, questions."""
