@@ -12,6 +12,11 @@ import pytest
 from runs import ZERO3, World, launch
 from w2r2_ds.commands.diagnose import main, run
 from w2r2_ds.convert.peft_adapter import export_adapter
+from w2r2_ds.data.frames.selection import FrameOptions
+from w2r2_ds.data.prepare.pipeline import prepare
+from w2r2_ds.data.tasks.base import TaskOptions
+from w2r2_ds.demo.synthetic.options import ShiftOptions
+from w2r2_ds.demo.synthetic.write import write_dataset
 from w2r2_ds.evaluation.runner import evaluate
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(1200)]
@@ -82,28 +87,41 @@ def test_rows_equal_those_of_evaluate(diagnosed: tuple[Path, dict[str, Any], dic
 
 def test_an_encoder_of_pixels_has_no_interventions(diagnosed: tuple[Path, dict[str, Any], dict[str, Any]]) -> None:
     causality = diagnosed[2]["causality"]
-    assert causality["interventions"] == {} and causality["not_evaluated"].keys() == {"scale", "shift", "turn"}
+    assert causality["interventions"] == causality["removed_frame"] == causality["paired"] == {}
+    assert causality["not_evaluated"].keys() == {"scale", "shift", "turn", "removed_frame"}
     assert causality["replaced"].keys() == {"zero", "shuffle"}
     assert 0 <= causality["replaced"]["zero"]["unchanged"]["value"] <= 1
 
 
-def test_point_maps_are_scaled_shifted_and_turned(
+def test_point_maps_are_scaled_shifted_turned_removed_and_replaced(
     with_point_maps: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Every intervention is evaluated; answers of one trained step have a box, which may move or not."""
-    words = ["--checkpoint", str(with_point_maps), "--data", str(TRAIN), "--out", str(tmp_path), "--limit", "3"]
-    assert main([*words, "--causality_limit", "2", "--draws", "2", "--resamples", "100"]) == 0
-    causality = json.loads((tmp_path / "diagnosis-scanrefer.json").read_text())["causality"]
+    root, out = tmp_path / "rooms", tmp_path / "out"
+    write_dataset(root, 3, 1, 2, (64, 48), 2, shift=ShiftOptions(("room_scale",)), workers=1)
+    for split in ("val", "val_room_scale"):
+        options = TaskOptions("scanrefer", split, frames=FrameOptions("uniform", 2), visibility="depth")
+        prepare(root, options, root / split, quiet=True)
+    words = ["--checkpoint", str(with_point_maps), "--root", str(root), "--data", "val", "--out", str(out)]
+    words += ["--limit", "3", "--draws", "2", "--resamples", "100", "--causality_limit", "2"]
+    assert main([*words, "--paired", "[val_room_scale]"]) == 0
+    causality = json.loads((out / "diagnosis-scanrefer.json").read_text())["causality"]
     assert causality["not_evaluated"] == {}
     assert causality["interventions"].keys() == {"scale", "shift", "turn"}
     for kind, measures in causality["interventions"].items():
         assert (measures["samples"], measures["rows"], len(measures["amounts"])) == (2, 8, 4)
-        assert len(list(tmp_path.glob(f"predictions-scanrefer-{kind}_*.jsonl"))) == 4
-    lines = [len(file.read_text().splitlines()) for file in tmp_path.glob("predictions-scanrefer-turn_*.jsonl")]
-    assert lines == [2] * 4
-    assert "do(F3D), turn: 2 samples" in capsys.readouterr().out
+        assert len(list(out.glob(f"predictions-scanrefer-{kind}_*.jsonl"))) == 4
+    assert causality["removed_frame"].keys() == {"target", "other"}
+    assert causality["removed_frame"]["target"]["samples"] <= 2
+    assert causality["paired"].keys() == {"room_scale"} and causality["paired"]["room_scale"]["rows"] == 2
+    for name in ("turn_+0.262", "removed_target", "removed_other", "paired_room_scale"):
+        assert len((out / f"predictions-scanrefer-{name}.jsonl").read_text().splitlines()) == 2, name
+    printed = capsys.readouterr().out
+    assert "do(F3D), turn: 2 samples" in printed and "(room_scale)" in printed and "one frame removed" in printed
+    with pytest.raises(ValueError, match=r"--paired.*--causality"):
+        run(with_point_maps, paired=[Path("val_room_scale")], causality=False)
     assert main([*words, "--causality", "false"]) == 0
-    assert "causality" not in json.loads((tmp_path / "diagnosis-scanrefer.json").read_text())
+    assert "causality" not in json.loads((out / "diagnosis-scanrefer.json").read_text())
 
 
 def test_a_second_diagnosis_generates_nothing(

@@ -56,6 +56,7 @@ def run(
     seed: int = 0,
     causality: bool = True,
     causality_limit: int = 200,
+    paired: list[Path] = [],  # noqa: B006
     features: bool = False,
     attention: bool = False,
     perplexity: float = 30.0,
@@ -85,6 +86,8 @@ def run(
         seed: seed of the bootstrap and the random guess.
         causality: also answer with scaled, shifted and turned geometry, and measure how far answers follow it.
         causality_limit: number of samples for this, the first ones; 0 for all.
+        paired: prepared shifted splits of w2r2 prepare synthetic --shift, e.g. [prepared/scanrefer/val_room_scale]; the
+            samples of val are also answered with the geometry of their paired rooms.
         features: also make the feature map of 2D, geometry and fused tokens (features-TASK.json).
         attention: also measure to which visual tokens the digits of answers attend (attention-TASK.json, heat maps).
         perplexity: perplexity of the t-SNE of the feature map.
@@ -108,7 +111,7 @@ def run(
     from w2r2_ds.utils.distributed import RankInfo, gloo_process_group, raise_on_all_ranks
     from w2r2_ds.utils.files.output_folder import check_writable, make_folder
 
-    options = DiagnosisOptions(protocols, proposals, limit, draws, resamples, seed, causality, causality_limit)
+    options = DiagnosisOptions(protocols, proposals, limit, draws, resamples, seed, causality, causality_limit, paired)
     if checkpoint is None:
         assert out is not None, "checked above"
         check_writable(out)

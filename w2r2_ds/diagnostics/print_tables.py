@@ -59,20 +59,43 @@ def print_causality(result: Mapping[str, Any]) -> None:
         return
     console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else WIDTH)
     for kind, measures in causality["interventions"].items():
-        counts = f"{measures['samples']} samples, {measures['compared']} of {measures['rows']} answers compared"
-        console.print(Text(one_line(f"do(F3D), {kind}: {counts}")))
-        table = Table()
-        for column in ("number", "slope", "correlation", "follows"):
-            table.add_column(column, justify="left" if column == "number" else "right")
-        for name, each in measures["numbers"].items():
-            if each["rows"]:
-                values = [_measure(each.get(column)) for column in ("slope", "correlation", "follows")]
-                table.add_row(name, *map(Text, values))
-        console.print(table)
+        _print_numbers(console, f"{kind}: {measures['samples']} samples", measures)
+    for shift, measures in causality["paired"].items():
+        _print_numbers(console, f"geometry of the paired room ({shift})", measures)
+    _print_removed(console, causality["removed_frame"])
     for name, each in causality["replaced"].items():
         console.print(Text(one_line(f"answers unchanged under {name}: {_measure(each['unchanged'])}")))
     for kind, reason in causality["not_evaluated"].items():
         console.print(Text(one_line(f"do(F3D), {kind}: not evaluated, {reason}")))
+
+
+def _print_numbers(console: Console, name: str, measures: Mapping[str, Any]) -> None:
+    """One table: slope, correlation and share of following answers of every number of the box."""
+    counts = f"{measures['compared']} of {measures['rows']} answers compared"
+    console.print(Text(one_line(f"do(F3D), {name}, {counts}")))
+    table = Table()
+    for column in ("number", "slope", "correlation", "follows"):
+        table.add_column(column, justify="left" if column == "number" else "right")
+    for number, each in measures["numbers"].items():
+        if each["rows"]:
+            values = [_measure(each.get(column)) for column in ("slope", "correlation", "follows")]
+            table.add_row(number, *map(Text, values))
+    console.print(table)
+
+
+def _print_removed(console: Console, removed: Mapping[str, Any]) -> None:
+    """One table: movement of the answers without the geometry of one frame, by number of frames with the target."""
+    if not removed:
+        return
+    console.print("do(F3D), geometry of one frame removed", markup=False)
+    table = Table()
+    for column in ("removed frame", "frames with the target", "samples", "moved (m)", "unchanged"):
+        table.add_column(column, justify="left" if column == "removed frame" else "right")
+    for which, measures in removed.items():
+        for group, each in {"all": measures, **measures["by_frames"]}.items():
+            values = str(each["samples"]), _measure(each["moved"]), _measure(each["unchanged"])
+            table.add_row(which, group, *map(Text, values))
+    console.print(table)
 
 
 def print_cues(result: Mapping[str, Any]) -> None:

@@ -17,7 +17,8 @@ from typing import Any
 from w2r2_ds.config.schema import DataConfig, RunConfig
 from w2r2_ds.data.mixture import Mixture
 from w2r2_ds.data.prepared_set import PreparedSet, read_manifest
-from w2r2_ds.diagnostics.geometric_causality import answer_interventions, applicable, causality_results
+from w2r2_ds.diagnostics.causality.paired_rooms import find_pairs
+from w2r2_ds.diagnostics.causality.results import answer_interventions, causality_results
 from w2r2_ds.diagnostics.random_guess import Label, most_frequent, random_guesses, read_labels, training_labels
 from w2r2_ds.diagnostics.row_cues import cue_results, cues_of
 from w2r2_ds.diagnostics.table1 import Row, make_table
@@ -57,6 +58,7 @@ class DiagnosisOptions:
         seed: seed of both.
         causality: whether to answer with changed geometry, and measure how far answers follow it.
         causality_limit: number of samples for this, the first ones; 0 for all.
+        paired: prepared folders of shifted splits, whose geometry is another intervention.
     """
 
     protocols: Sequence[str] = ()
@@ -67,6 +69,7 @@ class DiagnosisOptions:
     seed: int = 0
     causality: bool = True
     causality_limit: int = 200
+    paired: Sequence[Path] = ()
 
     def __post_init__(self) -> None:
         for name, minimum in (
@@ -78,6 +81,8 @@ class DiagnosisOptions:
         ):
             if getattr(self, name) < minimum:
                 raise ValueError(f"--{name} is {getattr(self, name)}; it must be at least {minimum}.")
+        if self.paired and not self.causality:
+            raise ValueError("--paired is an intervention, but --causality is false; omit one of the two.")
 
 
 class LoadOnce:
@@ -139,6 +144,8 @@ def diagnose_model(
         if not all(sample.is_annotated for sample in whole):  # before hours of generation
             raise ValueError(f"{sets[0].folder}: {NOT_ANNOTATED}")
         count = min(options.limit or len(whole), len(whole))
+        first = whole[: min(options.causality_limit or count, count)]  # the samples of the interventions
+        pairs = find_pairs(config.data, options.paired, first)
         answer = partial(
             _answers,
             out,
@@ -166,17 +173,15 @@ def diagnose_model(
             not_evaluated["shuffle"] = "there is no other scene whose geometry could replace a scene's own"
         answers = {each: answer(find_condition(each), count) for each in LABELS if each not in not_evaluated}
         box_format = whole[0].box_format if whole[0].kind == "grounding" else None
-        interventions, reasons = applicable(geometry_spec(config.model.geometry), box_format)
-        fewer = min(options.causality_limit or count, count)
-        wanted = interventions if options.causality else []
-        after = answer_interventions(wanted, partial(answer, count=fewer))
+        if options.causality:
+            spec, fewer = geometry_spec(config.model.geometry), partial(answer, count=len(first))
+            after = answer_interventions(spec, box_format, pairs, fewer)
         if ranks.rank:
             continue
         rows = [Row(each, LABELS[each], [answers[each]], str(_file(out, sets[0].task, each))) for each in answers]
         about: dict[str, Any] = {"checkpoint": str(path), "max_new_tokens": max_new_tokens}
         if options.causality:
-            causality = causality_results(answers, after, reasons, options.resamples, options.seed)
-            about["causality"] = causality
+            about["causality"] = causality_results(answers, after, first, options.resamples, options.seed)
         train = training_labels(config.data, sets[0].task)
         results.append(_finish(rows, sets, whole, train, options, out, about, not_evaluated))
     return results

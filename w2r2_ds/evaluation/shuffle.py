@@ -54,8 +54,7 @@ class ShuffledGeometry:
     """A processor that replaces the geometry encoder's frames of a sample by those of another scene.
 
     The frames are those of the other scene's first sample in the data set, truncated or repeated from the start to the
-    sample's number of frames. Each is resized to the size of the sample's own frames; a point map is computed at the
-    patches of such a frame.
+    sample's number of frames; see `with_geometry_of`.
 
     Args:
         processor: (sample, whether to include its answer) -> features; must have no feature cache.
@@ -80,27 +79,39 @@ class ShuffledGeometry:
     def __call__(self, sample: Sample, with_answer: bool) -> Features:
         """Features of one sample with another scene's `geometry_frames`; samples without frames are unchanged."""
         features = self.processor(sample, with_answer)
-        inputs = features.visual
-        # Cached geometry features would be used instead of the replaced frames.
-        assert inputs.cached_3d is None, "the processor has no feature cache"
-        if inputs.geometry_frames is None:
+        if not sample.frames:
             return features
         frames = self.donor(sample.scene_id).frames
         chosen = [frames[index % len(frames)] for index in range(len(sample.frames))]
-        height, width = self.geometry.frame_size(inputs.geometry_frames.shape)
-        if self.geometry.point_maps is None:
-            pixels = {path: _resized(path, height, width) for path in dict.fromkeys(chosen)}  # each is decoded once
-            replaced = np.stack([pixels[path] for path in chosen])  # [frames, 3, height, width]
-        else:
-            placements = [Placement(frame_size(path), (width, height)) for path in chosen]
-            replaced = load_point_maps(chosen, placements, (width, height), self.geometry)
-        return dataclasses.replace(
-            features, visual=dataclasses.replace(inputs, geometry_frames=torch.from_numpy(replaced))
-        )
+        return with_geometry_of(features, chosen, self.geometry)
 
     def donor(self, scene_id: str) -> Sample:
         """The sample whose frames replace those of a scene's samples."""
         return self.first_samples[self.partner[scene_id]]
+
+
+def with_geometry_of(features: Features, frames: Sequence[Path], geometry: GeometrySpec) -> Features:
+    """Features of a sample whose geometry is that of other frames.
+
+    Each frame is resized to the size of the sample's own frames; a point map is computed at the patches of such a
+    frame.
+
+    Args:
+        features: features with `geometry_frames`, from a processor without feature cache.
+        frames: other frames, as many as the sample has.
+        geometry: patch size of the geometry encoder and kind of its input.
+    """
+    inputs = features.visual
+    # Cached geometry features would be used instead of the replaced frames.
+    assert inputs.geometry_frames is not None and inputs.cached_3d is None, "the processor has no feature cache"
+    height, width = geometry.frame_size(inputs.geometry_frames.shape)
+    if geometry.point_maps is None:
+        pixels = {path: _resized(path, height, width) for path in dict.fromkeys(frames)}  # each is decoded once
+        replaced = np.stack([pixels[path] for path in frames])  # [frames, 3, height, width]
+    else:
+        placements = [Placement(frame_size(path), (width, height)) for path in frames]
+        replaced = load_point_maps(frames, placements, (width, height), geometry)
+    return dataclasses.replace(features, visual=dataclasses.replace(inputs, geometry_frames=torch.from_numpy(replaced)))
 
 
 def _resized(path: Path, height: int, width: int) -> np.ndarray:

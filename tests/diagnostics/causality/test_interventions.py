@@ -15,14 +15,14 @@ from hand_records import in_world
 from w2r2_ds.boxes3d.transforms import corners, matrix_to_euler_angles, world_to_camera
 from w2r2_ds.data.processor import Features
 from w2r2_ds.data.visual_inputs import VisualInputs
-from w2r2_ds.diagnostics.causality import measure_causality
-from w2r2_ds.diagnostics.interventions import (
+from w2r2_ds.diagnostics.causality.interventions import (
     INTERVENTIONS,
     ChangedPointMaps,
     Intervention,
     compare_answers,
     not_applicable,
 )
+from w2r2_ds.diagnostics.causality.measures import measure_causality
 from w2r2_ds.evaluation.predictions.record import record_of
 from w2r2_ds.evaluation.protocols.records import enclosing_box
 from w2r2_ds.types.geometry import GeometrySpec, PointMapSpec

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from w2r2_ds.diagnostics.causality import MIN_CHANGE, NUMBERS, Answers, measure_causality
+from w2r2_ds.diagnostics.causality.measures import MIN_CHANGE, NUMBERS, Answers, measure_causality
 from w2r2_ds.models.geometry.point_transforms import world_change
 
 Model = Callable[[np.ndarray], np.ndarray]

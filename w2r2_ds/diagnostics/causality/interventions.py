@@ -22,7 +22,7 @@ import numpy as np
 
 from w2r2_ds.data.processor import Features
 from w2r2_ds.data.tasks.parsing import AnswerError, parse_grounding, parse_world_box
-from w2r2_ds.diagnostics.causality import Answers
+from w2r2_ds.diagnostics.causality.measures import Answers
 from w2r2_ds.evaluation.conditions import Condition, SampleProcessor
 from w2r2_ds.evaluation.protocols.records import AnswerRecord, enclosing_box
 from w2r2_ds.models.geometry.point_transforms import Similarity, change_point_maps, world_change
@@ -163,8 +163,8 @@ def _compare(intervention: Intervention, before: AnswerRecord, after: AnswerReco
     """Boxes before, after and expected, ``[9]`` each; NaN if one cannot be compared."""
     assert before["id"] == after["id"], "records of the same samples in the same order"
     none, same = np.full(9, np.nan), world_change()
-    own, frame = _box(before)
-    changed, other_frame = _box(after)
+    own, frame = answered_box(before)
+    changed, other_frame = answered_box(after)
     if own is None:
         return none, none, none
     poses, form = np.array(before.get("cam_to_world") or ()), str(before["form"])
@@ -182,7 +182,7 @@ def _compare(intervention: Intervention, before: AnswerRecord, after: AnswerReco
     return first, last, expected
 
 
-def _box(record: AnswerRecord) -> tuple[np.ndarray | None, int]:
+def answered_box(record: AnswerRecord) -> tuple[np.ndarray | None, int]:
     """Box ``[9]`` of an answer in its own coordinates, None if it has none; and its frame, -1 for a world box."""
     text = record["text"] or ""
     try:

@@ -1,0 +1,1 @@
+"""Geometric causality: how far answers follow a change of the geometry while the pixels stay."""
