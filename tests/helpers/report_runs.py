@@ -110,6 +110,8 @@ def write_evaluation(
     scores = {
         "task": "scanrefer",
         "geometry": geometry,
+        "checkpoint": "run",
+        "run": {"weights": "1234567890", "geometry": geometry, "data": ["0"], "max_new_tokens": 128},
         "data": [{"path": str(root / data), "manifest": "0"}],
         "samples": len(records),
         "of": len(records),

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from report_runs import SET
+from w2r2_ds.evaluation.predictions.rescore import score_file
 from w2r2_ds.report.collect import group_evaluations, read_run, run_names
 
 
@@ -43,6 +44,32 @@ def test_the_newer_of_two_evaluations_is_kept(finished_run: Path, tmp_path: Path
     for order in (files, files[::-1]):
         (group,) = group_evaluations(order)
         assert group.by_geometry["fused"].file == files[1]
+
+
+@pytest.mark.parametrize("field", ["weights", "data", "max_new_tokens"])
+def test_answers_of_other_weights_data_or_options_are_not_compared(
+    finished_run: Path, tmp_path: Path, field: str
+) -> None:
+    """As of a run and one of its checkpoints, or of a set that was prepared again under the same path."""
+    for geometry in ("fused", "zero"):
+        name = f"scores-scanrefer-{geometry}.json"
+        scores = json.loads((finished_run / "evaluation" / name).read_text())
+        scores["run"][field] = "other" if geometry == "zero" else scores["run"][field]
+        (tmp_path / name).write_text(json.dumps(scores))
+    groups = group_evaluations(sorted(tmp_path.iterdir()))
+    assert sorted(list(group.by_geometry) for group in groups) == [["fused"], ["zero"]]
+    assert field == "data" or len({group.title for group in groups}) == 2
+
+
+def test_scores_of_saved_answers_are_skipped(
+    finished_run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(finished_run / "evaluation", tmp_path / "a")
+    predictions = tmp_path / "a" / "predictions-scanrefer-fused.jsonl"
+    score_file(predictions, out=tmp_path / "b")
+    (group,) = read_run(finished_run, "margin", [tmp_path]).groups
+    assert sorted(group.by_geometry) == ["fused", "zero"] and group.by_geometry["fused"].file.parent.name == "a"
+    assert "b/scores-scanrefer-fused.json" in caplog.text and "score_only" in caplog.text
 
 
 def test_errors_name_the_file(finished_run: Path, tmp_path: Path) -> None:

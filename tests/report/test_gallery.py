@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,9 +14,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from hand_records import beside, caption, detection
+from prepared_sets import write_prepared
+from w2r2_ds.config.io import DEMO_RECIPE, load_config
+from w2r2_ds.config.schema import DataConfig
 from w2r2_ds.data.frames.projection import EDGES, box_corners, project, projected_edges
 from w2r2_ds.data.frames.token_rays import scene_folder, scene_intrinsic
-from w2r2_ds.report.collect import read_run
+from w2r2_ds.evaluation.metrics.meteor import Java
+from w2r2_ds.evaluation.predictions.record import record_of
+from w2r2_ds.evaluation.resumable import write_records
+from w2r2_ds.report.collect import Evaluation, EvaluationGroup, read_run
 from w2r2_ds.report.gallery import Answered, answered_samples, boxes_of, choose
 from w2r2_ds.report.pictures import FRAMES, WIDTH, frames_to_show, make_card
 from w2r2_ds.report.room import CUT, MAX_POINTS, VOXEL, box_lines, room_figure, room_points
@@ -50,6 +58,53 @@ def test_no_more_samples_than_there_are(answered: list[Answered]) -> None:
     assert len(choose(answered[:3], 8)) == 3 and choose([], 8) == [] and choose(answered, 0) == []
     without_2d = [Answered(each.sample, {"fused": each.records["fused"]}, {"fused": 0.5}) for each in answered[:4]]
     assert {kind for kind, _ in choose(without_2d, 4)} == {"best", "worst"}
+
+
+def evaluated(
+    folder: Path, samples: Sequence[Sample], texts: Mapping[str, Sequence[str]], protocol: str
+) -> list[Answered]:
+    """The samples with answers of both geometries."""
+    root = Path(samples[0].frames[0]).parent
+    write_prepared(folder / "set", samples, root)
+    evaluations = {}
+    for geometry, answers in texts.items():
+        records = [record_of(sample, text) for sample, text in zip(samples, answers, strict=True)]
+        file = folder / f"scores-{samples[0].task}-{geometry}.json"
+        write_records(folder / f"predictions-{samples[0].task}-{geometry}.jsonl", records)
+        count = len(records)
+        data = (str(folder / "set"),)
+        evaluations[geometry] = Evaluation(
+            file, samples[0].task, geometry, data, {}, "run", {protocol: {}}, count, count
+        )
+    group = EvaluationGroup("title", samples[0].task, data, evaluations)
+    return answered_samples(group, replace(load_config(DEMO_RECIPE), data=DataConfig(root=str(root))))
+
+
+def test_captions_are_ranked_by_their_score(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("w2r2_ds.evaluation.metrics.meteor.shared_java", lambda: Java("no such program"))
+    samples = [caption(number, scene=f"scene000{number}_00") for number in range(4)]
+    right = [sample.references[0].text for sample in samples]
+    found = evaluated(
+        tmp_path, samples, {"fused": [*right[:2], "Yes.", right[3]], "zero": ["No."] * 3 + right[3:]}, "scan2cap/leo"
+    )
+    assert {each.measure for each in found} == {"CIDEr@0.5"}
+    scores = [each.scores["fused"] for each in found]
+    assert min(scores[0], scores[1], scores[3]) > 1 and scores[2] == 0
+    kinds = [(kind, each.sample.id) for kind, each in choose(found, 3)]
+    assert {samples[0].id, samples[1].id} == {key for kind, key in kinds if kind in ("helped", "best")}
+    assert ("worst", samples[2].id) in kinds
+
+
+def test_detections_are_ranked_by_f1_of_the_scene(tmp_path: Path) -> None:
+    """Not by the number of boxes: two right boxes are better than four of which two are right."""
+    samples = [replace(detection(), id=f"scene001{index}_00|00010") for index in range(3)]
+    objects = samples[0].objects
+    boxes = [{"label": each.label, "box_3d": list(each.box)} for each in objects]
+    elsewhere = [{"label": "chair", "box_3d": list(beside(shift))} for shift in (20.0, 30.0)]
+    texts = [json.dumps(boxes), json.dumps([*boxes, *elsewhere]), json.dumps(elsewhere)]
+    found = evaluated(tmp_path, samples, {"fused": texts}, "detection/f1")
+    assert [each.measure for each in found] == ["F1@0.25"] * 3
+    assert [each.scores["fused"] for each in found] == pytest.approx([1.0, 2 * 2 / (4 + 2), 0.0])
 
 
 def test_boxes_are_those_of_target_and_answers(answered: list[Answered]) -> None:

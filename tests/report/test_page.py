@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
@@ -13,6 +14,7 @@ from report_runs import MARKUP
 from w2r2_ds.commands import report
 from w2r2_ds.report import page
 from w2r2_ds.report.collect import read_run
+from w2r2_ds.report.curves import COLORS
 from w2r2_ds.report.page import Figures, build_page, differing_options
 from w2r2_ds.training.fault_tolerance.exit_codes import DONE, FAILED
 
@@ -105,11 +107,19 @@ def test_several_runs_are_side_by_side(finished_run: Path, tmp_path: Path) -> No
 def test_a_run_without_data_has_scores_and_curves(finished_run: Path, report_root: Path, tmp_path: Path) -> None:
     run = tmp_path / "moved"
     shutil.copytree(finished_run, run)
-    for file in (run / "evaluation").glob("scores-*.json"):
-        file.write_text(file.read_text().replace(str(report_root), "/nowhere"))
-    elements = Elements(build_page([read_run(run, "moved")]))
-    assert "No gallery of scanrefer: /nowhere/prepared" in elements.text
-    assert "acc@0.25" in elements.text and "article" not in elements.tags and "data-figure" in dict(elements.attributes)
+    shutil.copytree(run / "evaluation", run / "second")
+    for folder, place in (("evaluation", "/nowhere"), ("second", "/elsewhere")):
+        for file in (run / folder).glob("scores-*.json"):
+            file.write_text(file.read_text().replace(str(report_root), place))
+    # The second run has a room, the first one none: the room has the colour of the second.
+    html = build_page([read_run(run, "moved"), read_run(finished_run, "whole")], samples=1, rooms=1)
+    elements = Elements(html)
+    for place in ("/nowhere", "/elsewhere"):
+        assert f"No gallery of scanrefer: {place}/prepared" in elements.text
+    assert "acc@0.25" in elements.text and elements.tags.count("article") == 1
+    assert "data-figure" in dict(elements.attributes)
+    (rooms,) = re.findall(r'<h2 id="rooms">.*?<h2', html, re.DOTALL)
+    assert re.findall(r"background:(#\w+)", rooms) == [COLORS[1]]
 
 
 def test_a_run_without_results(finished_run: Path, tmp_path: Path) -> None:

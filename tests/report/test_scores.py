@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +44,16 @@ def test_intervals_are_bootstraps_over_scenes() -> None:
     few = scores([1.0] * (MIN_SCENES - 1), "abcd")
     assert score_cell(1.0, few) == Cell("100.0") and score_cell(None, few) == Cell("")
     assert difference_cell((None, left), (0.5, right)) == Cell("")
-    assert difference_cell((0.5, left), (0.5, few)) == Cell("+0.0")  # other samples: no pairs
+    with pytest.raises(ValueError, match="different samples"):
+        difference_cell((0.5, left), (0.5, few))
+
+
+def test_scores_of_other_samples_have_no_difference(finished_run: Path) -> None:
+    """As after evaluations with another --limit."""
+    group = read_run(finished_run, "margin").groups[0]
+    fewer = replace(group.by_geometry["zero"], samples=3)
+    table = score_table(replace(group, by_geometry={**group.by_geometry, "zero": fewer}))
+    assert table.columns == ["2D + 3D", "2D only"] and "different samples" in table.note
 
 
 def test_table_1_of_a_diagnosis() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +12,15 @@ from typing import Any
 from w2r2_ds.config.io import config_text, load_config
 from w2r2_ds.config.schema import RunConfig
 from w2r2_ds.training.metrics import METRICS_FILE, read_metrics
+from w2r2_ds.utils.files.hashing import json_sha256
 from w2r2_ds.utils.files.json_io import read_json_object, read_jsonl
 
 logger = logging.getLogger(__name__)
 
 CONFIG = "config.yaml"
 SCORES, PREDICTIONS, DIAGNOSES = "scores-*.json", "predictions-*.jsonl", "diagnosis-*.json"
+COMPARED = ("weights", "model", "dtype", "data", "max_new_tokens", "frame_width", "frame_fit", "visual", "video_fps")
+"""Fields of ``run`` in a score file that do not depend on the geometry."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,8 @@ class Evaluation:
         task: name of the task.
         geometry: ``fused``, ``zero`` (2D only) or ``shuffle``.
         data: prepared folders whose samples were answered.
+        run: hashes of the weights, the model and the data, and options of generation.
+        checkpoint: what was evaluated.
         protocols: protocol -> result.
         samples: number of answered samples.
         of: number of samples of the data.
@@ -37,9 +43,16 @@ class Evaluation:
     task: str
     geometry: str
     data: tuple[str, ...]
+    run: dict[str, Any]
+    checkpoint: str
     protocols: dict[str, dict[str, Any]]
     samples: int
     of: int
+
+    @property
+    def compared(self) -> str:
+        """What evaluations of different geometry must have in common to be compared: weights, model, data, options."""
+        return json_sha256([self.task, self.data, {name: self.run.get(name) for name in COMPARED}])
 
     @property
     def predictions(self) -> Path:
@@ -55,14 +68,16 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class EvaluationGroup:
-    """Evaluations of one task and data set, with different geometry.
+    """Evaluations of the same weights on the same data, with different geometry.
 
     Attributes:
+        title: task and data; also the weights if others were evaluated on them.
         task: name of the task.
         data: prepared folders.
         by_geometry: ``fused``, ``zero``, ``shuffle`` -> evaluation; the newest of each.
     """
 
+    title: str
     task: str
     data: tuple[str, ...]
     by_geometry: dict[str, Evaluation]
@@ -125,29 +140,57 @@ def read_run(folder: Path, name: str, results: Sequence[Path] = ()) -> RunData:
 
 
 def group_evaluations(files: Sequence[Path]) -> list[EvaluationGroup]:
-    """Group score files by task and data set; of two with the same geometry, the newer one is kept."""
-    groups: dict[tuple[str, tuple[str, ...]], EvaluationGroup] = {}
+    """Group score files by task, data, weights and options; of two with the same geometry, the newer one is kept.
+
+    Score files of ``w2r2 evaluate --score_only`` are skipped with a warning: their answers may be of any model.
+    """
+    groups: dict[str, dict[str, Evaluation]] = {}  # the groups with the oldest files first
     for file in sorted(files, key=lambda file: file.stat().st_mtime):
         evaluation = read_evaluation(file)
-        key = (evaluation.task, evaluation.data)
-        group = groups.setdefault(key, EvaluationGroup(*key, {}))
-        if replaced := group.by_geometry.get(evaluation.geometry):
+        if evaluation is None:
+            logger.warning("%s is not shown: --score_only does not know which model answered", file)
+            continue
+        by_geometry = groups.setdefault(evaluation.compared, {})
+        if replaced := by_geometry.get(evaluation.geometry):
             logger.warning("%s is not shown: %s is newer", replaced.file, file)
-        group.by_geometry[evaluation.geometry] = evaluation
-    return [groups[key] for key in sorted(groups)]
+        by_geometry[evaluation.geometry] = evaluation
+    titles = Counter(_title(next(iter(group.values()))) for group in groups.values())
+    found = []
+    for group in groups.values():
+        first = next(iter(group.values()))
+        title = _title(first)
+        if titles[title] > 1:  # such as of two checkpoints
+            weights = f"{Path(first.checkpoint).name}, weights {str(first.run['weights'])[:8]}"
+            title = f"{title} ({weights}, at most {first.run.get('max_new_tokens')} tokens)"
+        found.append(EvaluationGroup(title, first.task, first.data, group))
+    return sorted(found, key=lambda group: (group.task, group.data))
 
 
-def read_evaluation(file: Path) -> Evaluation:
-    """Read a score file of ``w2r2 evaluate``.
+def _title(evaluation: Evaluation) -> str:
+    return f"{evaluation.task}: {', '.join(evaluation.data)}"
+
+
+def read_evaluation(file: Path) -> Evaluation | None:
+    """Read a score file of ``w2r2 evaluate``; None for one of ``--score_only``.
 
     Raises:
         ValueError: it cannot be read, or a field is missing.
     """
     scores = read_json_object(file)
+    if "format" in scores and "checkpoint" not in scores:
+        return None
     try:
-        data = tuple(str(each["path"]) for each in scores["data"])
-        numbers = int(scores["samples"]), int(scores["of"])
-        return Evaluation(file, str(scores["task"]), str(scores["geometry"]), data, scores["protocols"], *numbers)
+        return Evaluation(
+            file=file,
+            task=str(scores["task"]),
+            geometry=str(scores["geometry"]),
+            data=tuple(str(each["path"]) for each in scores["data"]),
+            run={"weights": scores["run"]["weights"], **scores["run"]},
+            checkpoint=str(scores["checkpoint"]),
+            protocols=scores["protocols"],
+            samples=int(scores["samples"]),
+            of=int(scores["of"]),
+        )
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{file} is not a score file of w2r2 evaluate ({error!r}).") from None
 

@@ -12,6 +12,7 @@ import numpy as np
 from w2r2_ds.config.schema import RunConfig
 from w2r2_ds.data.prepared_set import PreparedSet
 from w2r2_ds.evaluation.protocols.records import answer_world_box
+from w2r2_ds.evaluation.protocols.registry import find_protocol
 from w2r2_ds.evaluation.scoring import score_records
 from w2r2_ds.report.collect import EvaluationGroup
 from w2r2_ds.types.sample import Sample
@@ -34,18 +35,20 @@ class Answered:
     Attributes:
         sample: the sample.
         records: geometry -> answer record.
-        scores: geometry -> score, in 0..1.
+        scores: geometry -> score.
+        measure: name of the score, such as ``IoU``; empty without scores.
     """
 
     sample: Sample
     records: Mapping[str, dict[str, Any]]
     scores: Mapping[str, float]
+    measure: str = ""
 
 
 def answered_samples(group: EvaluationGroup, config: RunConfig) -> list[Answered]:
     """All samples that were answered with geometry, with the scores of every geometry.
 
-    A sample's score is its IoU, or the first metric that the protocol has per sample.
+    A sample's score is its IoU, or another measure that the protocol has per sample (see `_scores`).
 
     Raises:
         ValueError: a data set is missing, or was prepared again with other samples.
@@ -55,7 +58,13 @@ def answered_samples(group: EvaluationGroup, config: RunConfig) -> list[Answered
     records = {name: found for name, found in records.items() if found}
     if "fused" not in records:
         return []
-    scores = {name: _scores(found, group.by_geometry[name].protocols) for name, found in records.items()}
+    measure, scores = "", dict[str, dict[str, float]]()
+    for protocol in evaluations["fused"].protocols:  # the first one that has scores of single samples
+        by_geometry = {name: _scores(found, protocol) for name, found in records.items()}
+        measure, fused_scores = by_geometry["fused"]
+        if fused_scores:
+            scores = {name: found for name, (_, found) in by_geometry.items()}
+            break
     samples = {}
     for folder in group.data:
         for sample in PreparedSet(folder, config.data.root):
@@ -71,30 +80,34 @@ def answered_samples(group: EvaluationGroup, config: RunConfig) -> list[Answered
             samples[key],
             {name: found[key] for name, found in records.items() if key in found},
             {name: found[key] for name, found in scores.items() if key in found},
+            measure,
         )
         for key in records["fused"]
     ]
 
 
-def _scores(records: Mapping[str, dict[str, Any]], protocols: Mapping[str, Any]) -> dict[str, float]:
-    """Sample id -> score by the first protocol that scores single samples."""
-    for protocol in protocols:
-        try:
-            items = score_records(list(records.values()), [protocol], items=True)[protocol].get("items", {})
-        except ValueError as error:  # a protocol that needs detected boxes
-            logger.warning("%s: no scores per sample (%s)", protocol, error)
-            continue
-        found = {key: _score(items[key]) for key in records if key in items}
-        scores = {key: score for key, score in found.items() if score is not None}
-        if scores:
-            return scores
-    return {}
+def _scores(records: Mapping[str, dict[str, Any]], protocol: str) -> tuple[str, dict[str, float]]:
+    """Name of the measure of single samples, and sample id -> score; empty if the protocol has none.
 
-
-def _score(item: Mapping[str, Any]) -> float | None:
-    if "iou" in item:
-        return float(item["iou"])
-    return next((float(value) for value in item.values() if isinstance(value, int | float)), None)
+    The measure is the IoU, or a metric that is a ratio of sums over samples, if possible the protocol's main one: CIDEr
+    of a caption, F1 of a scene.
+    """
+    try:
+        result = score_records(list(records.values()), [protocol], items=True)[protocol]
+    except ValueError as error:  # a protocol that needs detected boxes
+        logger.warning("%s: no scores per sample (%s)", protocol, error)
+        return "", {}
+    items = result.get("items")
+    if isinstance(items, Mapping) and all("iou" in items.get(key, ()) for key in records):
+        return "IoU", {key: float(items[key]["iou"]) for key in records}
+    found = find_protocol(protocol)
+    terms = found.item_terms(result) if found.item_terms else []
+    for metric in (found.best_by, *found.metrics):
+        if terms and all(metric in term.sums for term in terms):
+            sums = {key: term.sums[metric] for key, term in zip(records, terms, strict=True)}
+            # A scene without objects and answers has no F1.
+            return metric, {key: top / bottom for key, (top, bottom) in sums.items() if bottom}
+    return "", {}
 
 
 def choose(answered: Sequence[Answered], count: int) -> list[tuple[str, Answered]]:

@@ -52,7 +52,7 @@ class RunSection:
         diagnoses: tables of its diagnoses.
         cards: gallery, by task.
         rooms: 3D views.
-        problem: why there is no gallery; empty if there is one.
+        problems: why there is no gallery, by group.
     """
 
     run: RunData
@@ -60,7 +60,7 @@ class RunSection:
     diagnoses: Sequence[ScoreTable]
     cards: Mapping[str, Sequence[Card]]
     rooms: Sequence[Room]
-    problem: str = ""
+    problems: Sequence[str] = ()
 
 
 @dataclass
@@ -137,24 +137,25 @@ def run_section(run: RunData, figures: Figures, samples: int, rooms: int) -> Run
     """Tables, gallery and 3D views of one run; 3D figures are added to `figures`."""
     cards: dict[str, list[Card]] = {}
     views: list[Room] = []
-    problem = ""
+    problems = []
     for group in run.groups:
         try:
             answered = answered_samples(group, run.config)
         except ValueError as error:  # the data may have been moved; scores and curves are still worth a report
             logger.warning("%s: no gallery of %s (%s)", run.name, group.task, error)
-            problem = f"No gallery of {group.task}: {error}"
+            problems.append(f"No gallery of {group.task}: {error}")
             continue
         chosen = choose(answered, samples)
-        cards[f"{group.task} ({', '.join(group.data)})"] = [make_card(kind, each) for kind, each in chosen]
+        if chosen:
+            cards[f"{group.title}, by {chosen[0][1].measure}"] = [make_card(kind, each) for kind, each in chosen]
         views += _rooms(run, [each for _, each in chosen], figures, rooms - len(views))
     return RunSection(
         run,
         [score_table(group) for group in run.groups],
         [table for diagnosis in run.diagnoses for table in diagnosis_tables(diagnosis)],
-        {name: found for name, found in cards.items() if found},
+        cards,
         views,
-        problem,
+        problems,
     )
 
 

@@ -54,7 +54,9 @@ def score_table(group: EvaluationGroup) -> ScoreTable:
     values = {name: headline(evaluation.protocols) for name, evaluation in shown.items()}
     samples = {name: _sample_scores(evaluation) for name, evaluation in shown.items()}
     metrics = list(dict.fromkeys(metric for each in values.values() for metric in each))
-    has_difference = {"fused", "zero"} <= set(shown)
+    # Both are of the first samples of the same data, so equal numbers are equal samples.
+    both = {"fused", "zero"} <= set(shown)
+    has_difference = both and shown["fused"].samples == shown["zero"].samples
     rows = []
     for metric in metrics:
         cells = [score_cell(values[name].get(metric), samples[name].get(metric)) for name in shown]
@@ -68,7 +70,9 @@ def score_table(group: EvaluationGroup) -> ScoreTable:
         f"Times 100; {', '.join(sorted(counts))}. Brackets: 95 % bootstrap interval over scenes, of metrics that are "
     )
     note += f"means over samples, with at least {MIN_SCENES} scenes."
-    return ScoreTable(f"{group.task}: {', '.join(group.data)}", columns, rows, note)
+    if both and not has_difference:
+        note += " No difference: the two columns are of different samples."
+    return ScoreTable(group.title, columns, rows, note)
 
 
 def _sample_scores(evaluation: Evaluation) -> dict[str, SampleScores]:
@@ -98,11 +102,17 @@ def score_cell(value: float | None, samples: SampleScores | None) -> Cell:
 def difference_cell(
     left: tuple[float | None, SampleScores | None], right: tuple[float | None, SampleScores | None]
 ) -> Cell:
-    """The difference of two scores, with the interval of the paired difference."""
+    """The difference of two scores of the same samples, with the interval of the paired difference.
+
+    Raises:
+        ValueError: the scores are of different samples.
+    """
     if left[0] is None or right[0] is None:
         return Cell("")
     interval = ""
-    if left[1] is not None and right[1] is not None and left[1].ids == right[1].ids:
+    if left[1] is not None and right[1] is not None:
+        if left[1].ids != right[1].ids:
+            raise ValueError("the two scores are of different samples; evaluate them on the same set.")
         interval = _interval(left[1].values - right[1].values, left[1].scenes, signed=True)
     return Cell(f"{100 * (left[0] - right[0]):+.1f}", interval)
 
