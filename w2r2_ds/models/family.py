@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -221,8 +221,8 @@ class VlmFamily(ABC):
 
     def row_attention(
         self, layer: nn.Module, selected: SelectedTokens, hidden: Tensor, arguments: Mapping[str, Any]
-    ) -> Tensor:
-        """Attention weights of selected tokens in a decoder layer, as the layer itself computes them.
+    ) -> Iterator[Tensor]:
+        """Attention weights of selected tokens in a decoder layer, as the layer itself computes them, block by block.
 
         Used by `objective.shortcut_decode: anchor` and by the diagnosis of attention; a family without it does all
         else.
@@ -234,7 +234,8 @@ class VlmFamily(ABC):
             arguments: keyword arguments of the layer's forward, with the rotary positions.
 
         Returns:
-            ``[heads, selected, sequences * length]`` float32, without gradient.
+            Blocks ``[heads, rows, sequences * length]`` float32 without gradient, of consecutive selected tokens. All
+            rows at once would need memory that grows with the square of the micro-batch.
 
         Raises:
             ValueError: the family does not define it.

@@ -21,6 +21,15 @@ TOLERANCE = 1e-5
 """Absolute tolerance of a weight in [0, 1] in float32; the largest measured difference is below 1e-6."""
 
 
+ROWS = 8
+"""Rows of a block in these tests, so that the answers have several blocks."""
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("w2r2_ds.models.qwen2_5_vl.row_attention.BLOCK_ROWS", ROWS)
+
+
 @pytest.fixture
 def make_model(model_config: Any) -> Callable[[str], W2R2]:
     """Function `make_model(attention)`: the tiny model (4 query heads, 2 key heads) whose LoRA weights are not zero."""
@@ -59,7 +68,9 @@ def own_weights(model: W2R2, batch: Any) -> list[Tensor]:
 
     def record(index: int, layer: Any, hidden: Tensor, arguments: Any) -> None:
         assert index == len(found)
-        found.append(model.family.row_attention(layer, selected, hidden, arguments))
+        blocks = list(model.family.row_attention(layer, selected, hidden, arguments))
+        assert len(blocks) > 1 and max(block.shape[1] for block in blocks) == ROWS  # for any micro-batch
+        found.append(torch.cat(blocks, dim=1))
 
     model.answer_hidden_states(batch, model.encode_2d(batch.visuals), on_input=record)
     return found

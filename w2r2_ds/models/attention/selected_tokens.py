@@ -18,6 +18,9 @@ Every micro-batch selects another number of tokens, usually 30 to 100 per sample
 reuses. It costs 16 queries of attention on average; the linear layers have no more rows.
 """
 
+BLOCK_ROWS = 64
+"""Most selected tokens whose attention weights exist at a time, in float32 for all heads."""
+
 
 @dataclass(frozen=True)
 class SelectedTokens:

@@ -45,11 +45,15 @@ class VisualAttention:
 
     @torch.no_grad()
     def __call__(self, index: int, layer: nn.Module, hidden: Tensor, arguments: Mapping[str, Any]) -> None:
-        weights = self.family.row_attention(layer, self.selected, hidden, arguments)
-        # A sample's tokens have no weight outside its own sequence or group, so the columns of all visual tokens of the
-        # batch can be kept.
-        to_visual = weights.mean(0).index_select(-1, self.visual_tokens)
-        self.maps.append(self.mean_of_where @ to_visual)
+        total = self.mean_of_where.new_zeros(len(self.mean_of_where), len(self.visual_tokens))
+        first = 0
+        for weights in self.family.row_attention(layer, self.selected, hidden, arguments):
+            # A sample's tokens have no weight outside its own sequence or group, so the columns of all visual tokens of
+            # the batch can be kept.
+            to_visual = weights.mean(0).index_select(-1, self.visual_tokens)
+            total += self.mean_of_where[:, first : first + len(to_visual)] @ to_visual
+            first += len(to_visual)
+        self.maps.append(total)
 
     def mean_map(self) -> Tensor:
         """Mean of `maps` over the layers, ``[samples, visual tokens]`` float32."""

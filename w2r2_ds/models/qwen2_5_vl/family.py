@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -148,7 +148,7 @@ class Qwen25VL(VlmFamily):
 
     def row_attention(
         self, layer: nn.Module, selected: SelectedTokens, hidden: Tensor, arguments: Mapping[str, Any]
-    ) -> Tensor:
+    ) -> Iterator[Tensor]:
         return row_attention(layer, selected, hidden, arguments["position_embeddings"])
 
     def use_packed_attention(self, vlm: PreTrainedModel) -> None:
