@@ -17,7 +17,7 @@ from w2r2_ds.demo.synthetic.questions import make_questions
 from w2r2_ds.demo.synthetic.relations import resolve
 from w2r2_ds.demo.synthetic.rooms import HEIGHT, Layout, Room, RoomObject, make_room
 from w2r2_ds.demo.synthetic.sentences import make_sentences
-from w2r2_ds.demo.synthetic.shift.variants import shifted
+from w2r2_ds.demo.synthetic.shift.variants import OTHER_SIZES, shifted
 
 
 def test_scaled_furniture_fits_and_stands_where_it_stood(many_rooms: list[Room]) -> None:
@@ -48,7 +48,8 @@ def test_scaled_furniture_fits_and_stands_where_it_stood(many_rooms: list[Room])
     assert 0.2 < grown / total < 0.6
 
 
-def test_sentences_and_questions_hold_in_the_scaled_room_too(many_rooms: list[Room]) -> None:
+@pytest.mark.parametrize("name", OTHER_SIZES)
+def test_sentences_and_questions_hold_in_the_scaled_room_too(many_rooms: list[Room], name: str) -> None:
     """Some would not: without the condition, sizes and places after scaling contradict them."""
 
     def questions(objects: Sequence[RoomObject], others: Sequence[Sequence[RoomObject]] = ()) -> set[tuple[Any, ...]]:
@@ -57,7 +58,7 @@ def test_sentences_and_questions_hold_in_the_scaled_room_too(many_rooms: list[Ro
 
     wrong_sentences, wrong_questions = 0, 0
     for seed, room in enumerate(many_rooms[:4]):
-        scaled = shifted("furniture_scale", room, SHIFTED, np.random.default_rng(seed)).room.objects
+        scaled = shifted(name, room, SHIFTED, np.random.default_rng(seed)).room.objects
         for others in ((scaled,), ()):
             found = make_sentences(np.random.default_rng(0), room.objects, range(len(scaled)), 30, others)
             assert found

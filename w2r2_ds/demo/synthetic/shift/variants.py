@@ -23,8 +23,9 @@ from w2r2_ds.demo.synthetic.rooms import HEIGHT, Layout, Room, RoomObject, is_fr
 
 SAME_PIXELS = ("room_scale", "position_prior")
 """Shifts whose images are those of the room without the shift."""
-OTHER_SIZES = ("furniture_scale",)
-"""Shifts that change the relations between objects, so that sentences must be checked in the shifted room too."""
+OTHER_SIZES = ("furniture_scale", "room_scale")
+"""Shifts that change distances and sizes, so that sentences and answers must be checked in the shifted room too: they
+have margins in metres, and in a smaller room a clear difference may be too small."""
 _ON_FLOOR = 1e-6
 """Height in metres below which the bottom of an object is on the floor."""
 _BELOW_CEILING = 0.05
