@@ -150,12 +150,15 @@ class GeometryConfig:
         reference_frame: frame whose camera is the origin of the coordinates. With last, VGGT gets the frames in reverse
             order, an option of VG-LLM. point_map also has world, the axis-aligned world of the labels, and camera, the
             camera of every frame for its own points.
+        scale_hint: metric scale of the scene, which VGGT's geometry lacks, as additional channels of its features.
+            depth is the ratio of depth images to VGGT's predicted depth, needs its depth head and depth images.
     """
 
     name: str = "vggt"
     path: str = "facebook/VGGT-1B"
     layers: Annotated[list[NonNegativeInt], Field(min_length=1)] = field(default_factory=lambda: [22])
     reference_frame: Literal["first", "last", "world", "camera"] = "first"
+    scale_hint: Literal["none", "depth"] = "none"
 
     @model_validator(mode="before")
     @classmethod

@@ -196,6 +196,7 @@ class Collator:
         visuals = dataclasses.replace(
             tower_input(self.kind, frames, grid_thw, self.vision, self.family),
             geometry_frames=tuple(visual.geometry_frames for visual in inputs),
+            metric_depth=tuple(visual.metric_depth for visual in inputs),
             ids=tuple(f.sample.id for f in with_frames),
             cached_3d=cached_3d,
             cached_2d=cached_2d,
@@ -242,7 +243,8 @@ def dummy_visuals(kind: str, vision: VisionSpec, geometry: GeometrySpec, family:
     grid_thw = family.grid_thw(frames, even_side, even_side, vision, kind)
     visuals = tower_input(kind, [image], grid_thw, vision, family)
     if geometry.point_maps is None:
-        return dataclasses.replace(visuals, geometry_frames=(image,), dummy=True)
+        depth = torch.full((frames, *geometry.grid(side, side)), torch.nan) if geometry.needs_depth else None
+        return dataclasses.replace(visuals, geometry_frames=(image,), metric_depth=(depth,), dummy=True)
     no_depth = torch.full(geometry.point_map_shape(frames, side, side), torch.nan)
     return dataclasses.replace(visuals, geometry_frames=(no_depth,), dummy=True)
 

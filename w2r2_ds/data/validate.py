@@ -49,7 +49,7 @@ def check_frames(samples: Sequence[Sample], rank: int = 0, world_size: int = 1) 
 def check_depth(
     samples: Sequence[Sample], name: str, geometry: GeometrySpec, rank: int = 0, world_size: int = 1
 ) -> int:
-    """Check depth images, poses and intrinsics of the distinct frames, if the geometry encoder needs point maps.
+    """Check depth images, poses and intrinsics of the distinct frames, if the geometry encoder needs them.
 
     Args:
         samples: samples whose frames have passed `check_frames`.
@@ -59,23 +59,24 @@ def check_depth(
         world_size: number of ranks.
 
     Returns:
-        The number of frames that this rank checked; 0 for an encoder of images.
+        The number of frames that this rank checked; 0 for an encoder of images without scale hint.
 
     Raises:
         ValueError: a file is missing or cannot be used; the message names the first one and the encoder.
     """
     spec = geometry.point_maps
-    if spec is None:
+    if spec is None and not geometry.needs_depth:
         return 0
-    files = _own_frames(samples, rank, world_size)
-    check = partial(check_depth_frame, with_pose=spec.needs_poses)
+    files, needs_poses = _own_frames(samples, rank, world_size), spec is not None and spec.needs_poses
+    check = partial(check_depth_frame, with_pose=needs_poses)
     try:
         with ThreadPoolExecutor(THREADS) as pool:
             for _ in pool.map(check, files):
                 pass
     except ValueError as error:
-        needed = "a depth image and a camera pose" if spec.needs_poses else "a depth image"
-        raise ValueError(f"model.geometry.name {name} needs {needed} of every frame: {error}") from error
+        option = "model.geometry.scale_hint" if spec is None else f"model.geometry.name {name}"
+        needed = "a depth image and a camera pose" if needs_poses else "a depth image"
+        raise ValueError(f"{option} needs {needed} of every frame: {error}") from error
     return len(files)
 
 

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 
 from w2r2_ds.config.schema import DataConfig
-from w2r2_ds.data.frames.point_maps import load_point_maps
+from w2r2_ds.data.frames.point_maps import load_metric_depth, load_point_maps
 from w2r2_ds.data.images import (
+    Placement,
     fitted_size,
     frame_size,
     load_resized,
@@ -21,6 +22,7 @@ from w2r2_ds.data.images import (
     place_frame,
     stack_frames,
 )
+from w2r2_ds.data.sources.depth_frames import find_depth_frame
 from w2r2_ds.features.lookup import CacheLookup, FeatureCache
 from w2r2_ds.models.family import VlmFamily
 from w2r2_ds.models.frame_pixels import even_size
@@ -42,6 +44,8 @@ class VisualInputs:
         geometry_frames: the geometry encoder's input: the same tensor as `tower_frames` (except in experiments), or
             point maps ``[frames, rows, columns, points, 3]`` float32. None without frames, or if `cached_3d` has the
             encoder's output.
+        metric_depth: ``[frames, rows, columns]`` float32 depth at the centres of the geometry encoder's patches; None
+            without a scale hint, without frames, or if `cached_3d` has the encoder's output.
         cached_2d: cache lookup of the vision tower's output; None without a cache of 2D features.
         cached_3d: cache lookup of the geometry features; None without a cache.
     """
@@ -51,6 +55,7 @@ class VisualInputs:
     geometry_frames: torch.Tensor | None
     cached_2d: CacheLookup | None = None
     cached_3d: CacheLookup | None = None
+    metric_depth: torch.Tensor | None = None
 
     def is_outdated(self) -> bool:
         """Whether features that the cache lacked at lookup have been written since."""
@@ -109,26 +114,41 @@ class VisualPreprocessor:
         if not sample.frames:
             return VisualInputs(None, torch.zeros(0, 3, dtype=torch.int64), None)
         cached_2d = self.cache.find_2d(sample.frames) if self.cache else None
-        cached_3d = self.cache.find_3d(sample.frames) if self.cache else None
-        missing = [lookup for lookup in (cached_2d, cached_3d) if lookup is None or lookup.features is None]
-        if not missing:  # the pixels are not decoded
+        cached_3d = self.find_3d(sample.frames)
+        if all(lookup is not None and lookup.features is not None for lookup in (cached_2d, cached_3d)):
+            # The pixels are not decoded.
             _, tower_size = self.sizes(sample.frames)
             return VisualInputs(None, self._grid(sample, tower_size), None, cached_2d, cached_3d)
         frames = torch.from_numpy(stack_frames(self._load(sample.frames)))
         # The key hashes the frame files, which are read again here. If one was replaced in between, its features would
         # be stored under the old key: start again.
-        if any(lookup is not None and not lookup.matches(sample.frames) for lookup in missing):
-            return self.compute(sample)
+        files = (cached_2d, sample.frames), (cached_3d, self.geometry_files(sample.frames))
+        for lookup, names in files:
+            if lookup is not None and lookup.features is None and not lookup.matches(names):
+                return self.compute(sample)
         width, height = frames.shape[3], frames.shape[2]
         tower_size = self._tower_size(sample.frames, width, height)
         geometry_frames = frames if self.geometry.point_maps is None else self._point_maps(sample.frames, width, height)
+        has_3d = cached_3d is not None and cached_3d.features is not None
+        needs_depth = self.geometry.needs_depth and not has_3d
         return VisualInputs(
             tower_frames=frames if cached_2d is None or cached_2d.features is None else None,
             grid_thw=self._grid(sample, tower_size),
-            geometry_frames=geometry_frames if cached_3d is None or cached_3d.features is None else None,
+            geometry_frames=None if has_3d else geometry_frames,
             cached_2d=cached_2d,
             cached_3d=cached_3d,
+            metric_depth=self._metric_depth(sample.frames, width, height) if needs_depth else None,
         )
+
+    def find_3d(self, frames: Sequence[Path]) -> CacheLookup | None:
+        """Look up the geometry features of frames; None without a cache."""
+        return self.cache.find_3d(self.geometry_files(frames)) if self.cache else None
+
+    def geometry_files(self, frames: Sequence[Path]) -> list[Path]:
+        """The files that determine geometry features: the frames, and with a scale hint their depth images."""
+        if not self.geometry.needs_depth:
+            return list(frames)
+        return [*frames, *(find_depth_frame(path, with_pose=False).depth for path in frames)]
 
     def _load(self, paths: Sequence[Path]) -> list[np.ndarray]:
         """Decoded and resized frames ``uint8 [H, W, 3]``, in order; raises the error of the first bad file."""
@@ -139,9 +159,16 @@ class VisualPreprocessor:
 
     def _point_maps(self, paths: Sequence[Path], width: int, height: int) -> torch.Tensor:
         """Point maps of frames that were resized and stacked to `width` x `height` pixels."""
-        stacked = width, height
-        placements = [place_frame(frame_size(path), stacked, *self.fit) for path in paths]
-        return torch.from_numpy(load_point_maps(paths, placements, stacked, self.geometry, self.threads))
+        placements = self._placements(paths, width, height)
+        return torch.from_numpy(load_point_maps(paths, placements, (width, height), self.geometry, self.threads))
+
+    def _metric_depth(self, paths: Sequence[Path], width: int, height: int) -> torch.Tensor:
+        """`VisualInputs.metric_depth` of frames that were resized and stacked to `width` x `height` pixels."""
+        placements = self._placements(paths, width, height)
+        return torch.from_numpy(load_metric_depth(paths, placements, (width, height), self.geometry, self.threads))
+
+    def _placements(self, paths: Sequence[Path], width: int, height: int) -> list[Placement]:
+        return [place_frame(frame_size(path), (width, height), *self.fit) for path in paths]
 
     def _grid(self, sample: Sample, tower_size: tuple[int, int]) -> torch.Tensor:
         """`VisualInputs.grid_thw` of a sample; `tower_size` is the width and height in pixels of the tower's crop."""

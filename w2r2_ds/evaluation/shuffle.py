@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from w2r2_ds.data.frames.point_maps import load_point_maps
+from w2r2_ds.data.frames.point_maps import load_metric_depth, load_point_maps
 from w2r2_ds.data.images import Placement, frame_size, load_frame
 from w2r2_ds.data.processor import Features
 from w2r2_ds.types.geometry import GeometrySpec
@@ -105,13 +105,17 @@ def with_geometry_of(features: Features, frames: Sequence[Path], geometry: Geome
     # Cached geometry features would be used instead of the replaced frames.
     assert inputs.geometry_frames is not None and inputs.cached_3d is None, "the processor has no feature cache"
     height, width = geometry.frame_size(inputs.geometry_frames.shape)
+    placements = [Placement(frame_size(path), (width, height)) for path in frames]
     if geometry.point_maps is None:
         pixels = {path: _resized(path, height, width) for path in dict.fromkeys(frames)}  # each is decoded once
         replaced = np.stack([pixels[path] for path in frames])  # [frames, 3, height, width]
     else:
-        placements = [Placement(frame_size(path), (width, height)) for path in frames]
         replaced = load_point_maps(frames, placements, (width, height), geometry)
-    return dataclasses.replace(features, visual=dataclasses.replace(inputs, geometry_frames=torch.from_numpy(replaced)))
+    depth = None
+    if geometry.needs_depth:
+        depth = torch.from_numpy(load_metric_depth(frames, placements, (width, height), geometry))
+    visual = dataclasses.replace(inputs, geometry_frames=torch.from_numpy(replaced), metric_depth=depth)
+    return dataclasses.replace(features, visual=visual)
 
 
 def _resized(path: Path, height: int, width: int) -> np.ndarray:

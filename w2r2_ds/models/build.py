@@ -24,7 +24,7 @@ from w2r2_ds.models.family import VlmFamily, find_family
 from w2r2_ds.models.fusion import make_fusion
 from w2r2_ds.models.geometry.encoder import GEOMETRY_ENCODERS, GeometryEncoder, geometry_spec
 from w2r2_ds.models.lora import add_lora
-from w2r2_ds.models.merger import GeometryMerger
+from w2r2_ds.models.merger import make_merger
 from w2r2_ds.models.merger_io import load_merger
 from w2r2_ds.models.w2r2 import W2R2
 from w2r2_ds.models.weights.loading import load_model_config, load_tokenizer, load_vision_spec, load_vlm, meta_model
@@ -109,7 +109,7 @@ def build_model(
     bind_kernels(family.language_model(vlm), kernels)
     geometry = load_geometry(config, device)
     merge_size = family.tower_sizes(vlm.config).merge_size
-    merger = GeometryMerger(geometry.spec.feature_dim, hidden, config.merger_hidden, merge_size).to(dtype)
+    merger = make_merger(geometry.spec, hidden, config.merger_hidden, merge_size).to(dtype)
     fusion = make_fusion(config.fusion, hidden).to(dtype)
     model = W2R2(peft, merger, fusion, geometry, config.zero_geometry, kernels)
     model.fingerprint = fingerprint(config)
@@ -150,6 +150,7 @@ def fingerprint(config: ModelConfig) -> dict[str, Any]:
     """
     vlm, geometry = load_model_config(config.vlm), config.geometry
     text, spec = vlm.get_text_config(), geometry_spec(geometry)
+    hint = {} if geometry.scale_hint == "none" else {"scale_hint": geometry.scale_hint}
     # From the configuration, not from attributes of the loaded encoder: a plug-in has only those of its interface.
     return {
         "vlm_weights": weights_identity(config.vlm),
@@ -169,4 +170,5 @@ def fingerprint(config: ModelConfig) -> dict[str, Any]:
         "merger_hidden": config.merger_hidden,
         "fusion": config.fusion,
         "zero_geometry": config.zero_geometry,
+        **hint,
     }

@@ -45,12 +45,14 @@ def open_cache(data: DataConfig, model: ModelConfig) -> FeatureCache | None:
 def geometry_identity(data: DataConfig, model: ModelConfig) -> str:
     """Hash of the geometry encoder, its options and its pre-processing; equal for all frames."""
     geometry, encoder = model.geometry, GEOMETRY_ENCODERS.find(model.geometry.name)
+    spec = asdict(encoder.read_spec(geometry))
+    del spec["scale_channels"]  # part of feature_dim; without it, keys of features without hint stay as they were
     fields = {
         "kind": "geometry",
         "encoder": geometry.name,
         "layers": geometry.layers,
         "reference_frame": geometry.reference_frame,
-        "spec": asdict(encoder.read_spec(geometry)),
+        "spec": spec,
         # Nested, since an encoder may use names of the fields above.
         "identity": dict(encoder.identity(geometry)),
     }

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.nn.functional import rms_norm
 
+from w2r2_ds.types.geometry import GeometrySpec
+
 EPS = 1e-6
 """Epsilon of the merger's RMSNorm, as in VG-LLM."""
 
@@ -22,6 +24,8 @@ class GeometryMerger(nn.Module):
         merger_hidden: width between the two linear layers.
         merge_size: patches per side that become one token, as in the vision tower.
         init_std: standard deviation of the initial linear weights; biases start at zero.
+        scale_channels: channels behind the `feature_dim` ones that code the metric scale of a frame set
+            (`GeometrySpec.scale_channels`). A linear map of them, zero at first, is added to the tokens.
     """
 
     def __init__(
@@ -31,6 +35,7 @@ class GeometryMerger(nn.Module):
         merger_hidden: int = 4096,
         merge_size: int = 2,
         init_std: float = 0.02,
+        scale_channels: int = 0,
     ) -> None:
         super().__init__()
         self.feature_dim = feature_dim
@@ -45,9 +50,16 @@ class GeometryMerger(nn.Module):
             if isinstance(layer, nn.Linear):
                 nn.init.normal_(layer.weight, std=init_std)
                 nn.init.zeros_(layer.bias)
+        self.scale_hint: nn.Linear | None = None
+        if scale_channels:
+            # Without bias: the code is 0 without measured depth and for zeroed geometry, which then get no hint.
+            self.scale_hint = nn.Linear(scale_channels, hidden_size, bias=False)
+            nn.init.zeros_(self.scale_hint.weight)
 
     def forward(self, features: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Merge grids ``[frames, h, w, feature_dim]``, one per frame set, to ``[tokens, hidden_size]``.
+        """Merge grids ``[frames, h, w, channels]``, one per frame set, to ``[tokens, hidden_size]``.
+
+        The channels are `feature_dim` and then `scale_channels`.
 
         A grid gives ``frames * (h // m) * (w // m)`` tokens: rows and columns at the bottom and the right that do not
         fill a merge cell are cropped. Tokens are in the vision tower's order: frame set, frame, row, column. Features
@@ -59,13 +71,29 @@ class GeometryMerger(nn.Module):
         Raises:
             ValueError: a grid has another number of dimensions or channels, or is smaller than one merge cell.
         """
+        expected = self.feature_dim + (0 if self.scale_hint is None else self.scale_hint.in_features)
         for grid in features:
-            if grid.dim() != 4 or grid.shape[-1] != self.feature_dim:
+            if grid.dim() != 4 or grid.shape[-1] != expected:
                 raise ValueError(
-                    f"geometry merger: features are {tuple(grid.shape)}, expected [frames, h, w, {self.feature_dim}]"
+                    f"geometry merger: features are {tuple(grid.shape)}, expected [frames, h, w, {expected}]"
                 )
-        merged: torch.Tensor = self.mlp(self.ln_q(features).flatten(1))
-        return merged
+        merged: torch.Tensor = self.mlp(self.ln_q([grid[..., : self.feature_dim] for grid in features]).flatten(1))
+        return merged if self.scale_hint is None else merged + self._hint(features, self.scale_hint)
+
+    def _hint(self, features: Sequence[torch.Tensor], scale_hint: nn.Linear) -> torch.Tensor:
+        """``[tokens, hidden_size]``, equal for all tokens of a frame set."""
+        # One row of the linear map per frame set, expanded to its tokens. The empty one stands for no grids.
+        codes = [scale_hint.weight.new_empty(0, scale_hint.in_features)]
+        codes += [grid[0, 0, 0, self.feature_dim :][None].to(scale_hint.weight.dtype) for grid in features]
+        rows = scale_hint(torch.cat(codes))
+        counts = [split_cells(grid, self.merge_size).shape[:3].numel() for grid in features]
+        return torch.cat([rows[:0], *(row.expand(n, -1) for row, n in zip(rows, counts, strict=True))])
+
+
+def make_merger(spec: GeometrySpec, hidden_size: int, merger_hidden: int, merge_size: int = 2) -> GeometryMerger:
+    """A freshly initialised merger for the features of a geometry encoder; see `GeometryMerger`."""
+    feature_dim = spec.feature_dim - spec.scale_channels
+    return GeometryMerger(feature_dim, hidden_size, merger_hidden, merge_size, scale_channels=spec.scale_channels)
 
 
 class CellNorm(nn.Module):

@@ -29,5 +29,7 @@ def load_merger(model: W2R2, file: Path) -> None:
     """
     own = merger_tensors(model)
     reshape = "use the model.vlm, model.geometry and model.merger_hidden that it was trained with"
-    for name, tensor in read_strictly(file, "the geometry merger", own, "another model.fusion", reshape).items():
+    for name, tensor in read_strictly(
+        file, "the geometry merger", own, "another model.fusion or scale_hint", reshape
+    ).items():
         own[name].copy_(tensor)

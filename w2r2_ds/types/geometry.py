@@ -33,11 +33,19 @@ class GeometrySpec:
         patch_size: side of a patch in pixels; frames are resized to multiples of it, and each patch gives one feature.
         feature_dim: channels of a feature, summed over the selected layers.
         point_maps: the point maps that the encoder needs; None for an encoder of images.
+        scale_channels: number of the last channels, which code the metric scale of the scene and are equal for all
+            features of a frame set; 0 without a scale hint. With one the encoder needs metric depth.
     """
 
     patch_size: int
     feature_dim: int
     point_maps: PointMapSpec | None = None
+    scale_channels: int = 0
+
+    @property
+    def needs_depth(self) -> bool:
+        """Whether the encoder needs the metric depth of its frames besides their images."""
+        return self.scale_channels > 0
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of the feature grid of a frame of `height` x `width` pixels."""

@@ -134,6 +134,12 @@ class FeatureSizes:
         return file_size(shape_3d, self.dtype), file_size(shape_2d, self.dtype)
 
 
+def geometry_inputs(inputs: VisualInputs) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Arguments of `GeometryEncoder.encode_frames` for inputs without cached geometry features."""
+    assert inputs.geometry_frames is not None, "the features are not cached"
+    return inputs.geometry_frames, inputs.metric_depth
+
+
 def find_missing(
     samples: Sequence[Sample], preprocess: VisualPreprocessor, sizes: FeatureSizes
 ) -> tuple[list[Sample], FileCount, FileCount]:
@@ -146,7 +152,7 @@ def find_missing(
     def count(sample: Sample) -> tuple[FileCount, FileCount]:
         """All files and missing files of one sample."""
         total = missing = FileCount()
-        lookups = (cache.find_3d(sample.frames), cache.find_2d(sample.frames))
+        lookups = (preprocess.find_3d(sample.frames), cache.find_2d(sample.frames))
         for lookup, size in zip(lookups, sizes.upper_bounds(sample, preprocess), strict=True):
             if lookup is not None:  # None: 2D features are not cached
                 total += FileCount(1, size)
@@ -248,7 +254,7 @@ def encode_all(
         for inputs in loader:
             # The frames are present only if the features were missing when the loader worker searched the cache.
             if inputs.cached_3d is not None and inputs.geometry_frames is not None:
-                inputs.cached_3d.write_async(geometry.encode_frames(inputs.geometry_frames.to(device)))
+                inputs.cached_3d.write_async(geometry.encode_frames(*to_device(geometry_inputs(inputs), device)))
                 keys.append(inputs.cached_3d.key)
             if inputs.cached_2d is not None and inputs.tower_frames is not None:
                 visuals = to_device(

@@ -48,7 +48,7 @@ def check_data(run: RunConfig, ranks: int) -> CheckResult:
                 )
                 continue
             largest = max([largest, *(sample_bytes(sample.frames, config, features, geometry) for sample in samples)])
-            if geometry is not None and geometry.point_maps is not None:
+            if geometry is not None:
                 check_first_depth(samples, run.model.geometry.name, geometry)
         except ValueError as error:  # the set or a frame cannot be read
             result.errors.append(str(error))

@@ -98,7 +98,7 @@ def checkpoint_bytes(config: RunConfig) -> int:
     from w2r2_ds.models.flops import num_lora_parameters
     from w2r2_ds.models.fusion import make_fusion
     from w2r2_ds.models.geometry.encoder import GEOMETRY_ENCODERS
-    from w2r2_ds.models.merger import GeometryMerger
+    from w2r2_ds.models.merger import make_merger
 
     model, geometry = config.model, config.model.geometry
     if geometry.path and not Path(geometry.path).is_dir():  # a hub id, which `read_spec` would download
@@ -106,12 +106,12 @@ def checkpoint_bytes(config: RunConfig) -> int:
     try:
         tree = read_json(Path(model.vlm) / "config.json")
         text = tree.get("text_config", tree)
-        features = GEOMETRY_ENCODERS.find(geometry.name).read_spec(geometry).feature_dim
+        spec = GEOMETRY_ENCODERS.find(geometry.name).read_spec(geometry)
         parameters, hidden = num_lora_parameters(text, model.lora_rank), text["hidden_size"]
     except (KeyError, ValueError):  # unreadable files are errors of `check_weights`
         return 0
     with torch.device("meta"):  # shapes only
-        branch = [GeometryMerger(features, hidden, model.merger_hidden), make_fusion(model.fusion, hidden)]
+        branch = [make_merger(spec, hidden, model.merger_hidden), make_fusion(model.fusion, hidden)]
     parameters += sum(parameter.numel() for module in branch for parameter in module.parameters())
     return BYTES_PER_PARAMETER * parameters
 

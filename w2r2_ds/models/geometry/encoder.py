@@ -34,6 +34,9 @@ class GeometryEncoder(ABC):
     reference_frames: ClassVar[tuple[str, ...]] = ("first", "last")
     """Supported values of `model.geometry.reference_frame`."""
 
+    scale_hints: ClassVar[tuple[str, ...]] = ("none",)
+    """Supported values of `model.geometry.scale_hint`; only ``none`` for an encoder whose features are metric."""
+
     spec: GeometrySpec
 
     @classmethod
@@ -78,8 +81,13 @@ class GeometryEncoder(ABC):
             layers are concatenated along the channels, in the order of `model.geometry.layers`.
         """
 
-    def encode_frames(self, frames: Tensor) -> Tensor:
-        """`encode` one frame set of a batch: an entry of `Visuals.geometry_frames`, uint8 images or point maps."""
+    def encode_frames(self, frames: Tensor, metric_depth: Tensor | None = None) -> Tensor:
+        """`encode` one frame set of a batch, with the channels of the scale hint if the spec has any.
+
+        Args:
+            frames: an entry of `Visuals.geometry_frames`, uint8 images or point maps.
+            metric_depth: an entry of `Visuals.metric_depth`; None without a scale hint.
+        """
         return self.encode(unit_range(frames) if self.spec.point_maps is None else frames)
 
     def flops(self, frames: int, height: int, width: int) -> float:
@@ -102,12 +110,17 @@ def geometry_spec(config: GeometryConfig) -> GeometrySpec:
     """Sizes and input of the encoder of `model.geometry`.
 
     Raises:
-        ValueError: the encoder does not exist or lacks files, or does not support the reference frame.
+        ValueError: the encoder does not exist or lacks files, or does not support reference frame or scale hint.
     """
     encoder = GEOMETRY_ENCODERS.find(config.name)
     if config.reference_frame not in encoder.reference_frames:
         raise ValueError(
             f"model.geometry.reference_frame is {config.reference_frame}, which {config.name} does not support; it is "
             f"one of {', '.join(encoder.reference_frames)}."
+        )
+    if config.scale_hint not in encoder.scale_hints:
+        raise ValueError(
+            f"model.geometry.scale_hint is {config.scale_hint}, which {config.name} does not support; it is one of "
+            f"{', '.join(encoder.scale_hints)}."
         )
     return encoder.read_spec(config)

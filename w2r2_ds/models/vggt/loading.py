@@ -39,7 +39,7 @@ def load_vggt(source: str | Path, heads: Collection[Head] = ()) -> VGGT:
     directory = locate(source)
     config = read_config(directory)
     if heads:
-        _check_heads(directory / CONFIG, config, heads)
+        check_heads(directory, heads)
     # On the meta device: no memory, and no random initialisation that the weights would overwrite.
     with torch.device("meta"):
         model = VGGT(config, heads)
@@ -146,8 +146,9 @@ def _read(file: Path, expected: dict[str, tuple[int, ...]]) -> dict[str, torch.T
         raise ValueError(f"{file} cannot be read ({error}); it is damaged or incomplete: fetch it again.") from error
 
 
-def _check_heads(path: Path, config: VGGTConfig, heads: Collection[Head]) -> None:
+def check_heads(directory: Path, heads: Collection[Head]) -> None:
     """Raise ValueError if ``config.json`` excludes one of `heads` or has sizes of which no head can be built."""
+    path, config = directory / CONFIG, read_config(directory)
     values = read_json_object(path)
     if absent := [_switch(head) for head in heads if values.get(_switch(head)) is False]:
         raise ValueError(f"{path}: {', '.join(absent)} is false: these weights have no such head.")

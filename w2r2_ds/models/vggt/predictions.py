@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -87,14 +88,29 @@ def run_heads(vggt: VGGT, images: Tensor, frames_at_once: int | None = None) -> 
     camera_tokens = by_layer[config.depth - 1][:, :, 0].to(camera_head.token_norm.weight.dtype)
 
     def dense(head: DPTHead) -> tuple[Tensor, Tensor]:
-        size = frames_at_once or len(taps[0])
-        chunks = zip(*(tap.to(head.norm.weight.dtype).split(size) for tap in taps), strict=True)
-        values, confidence = zip(*(head(chunk, *images.shape[-2:]) for chunk in chunks), strict=True)
-        return torch.cat(values).unflatten(0, images.shape[:2]), torch.cat(confidence).unflatten(0, images.shape[:2])
+        values, confidence = run_dense_head(head, taps, images.shape[-2:], frames_at_once)
+        return values.unflatten(0, images.shape[:2]), confidence.unflatten(0, images.shape[:2])
 
     depth, depth_confidence = dense(depth_head)
     points, point_confidence = dense(point_head)
     return HeadOutputs(camera_head(camera_tokens), depth[..., 0], depth_confidence, points, point_confidence)
+
+
+def run_dense_head(
+    head: DPTHead, taps: Sequence[Tensor], size: Sequence[int], frames_at_once: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Run a dense head: values ``[frames, H, W, outputs]`` and confidence ``[frames, H, W]``, in its weights' dtype.
+
+    Args:
+        head: the depth head or the point head.
+        taps: four tensors ``[frames, patches, 2 * embed_dim]``, the patch tokens of `VGGTConfig.dpt_layers`.
+        size: height and width of the frames in pixels.
+        frames_at_once: frames of one call of the head; all by default.
+    """
+    chunks = zip(*(tap.to(head.norm.weight.dtype).split(frames_at_once or len(tap)) for tap in taps), strict=True)
+    height, width = size
+    values, confidence = zip(*(head(chunk, height, width) for chunk in chunks), strict=True)
+    return torch.cat(values), torch.cat(confidence)
 
 
 @torch.no_grad()
