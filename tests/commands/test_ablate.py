@@ -72,7 +72,7 @@ def test_grids_of_a_file_and_a_preset_are_concatenated(
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
         (["--grid", "{objective.mu: [7]}"], "objective.mu"),
         (["--grid", "{objective.push_term: [margn]}"], "margn"),
-        (["--preset", "push_terms", "--train.micro_batch", "1"], "train.micro_batch"),
+        (["--grid", "{objective.push_term: [contrast]}", "--train.micro_batch", "1"], "train.micro_batch"),
         (["--evaluations", "{a: {geometry: both}}"], "geometry"),
         (["--evaluations", "{a: {geometri: zero}}"], "geometri"),
         (["--evaluations", "{a: {checkpoint: x}}"], "checkpoint"),
