@@ -23,8 +23,8 @@ def print_table1(result: Mapping[str, Any]) -> None:
     rows, cells, differences = (result["table1"][key] for key in ("rows", "cells", "differences"))
     for protocol, group in dict.fromkeys((cell["protocol"], cell["group"]) for cell in cells):
         own = {(cell["row"], cell["metric"]): cell for cell in cells if _is_of(cell, protocol, group)}
-        gains = {(each["minus"], each["metric"]): each for each in differences if _is_of(each, protocol, group)}
-        gains = {key: each for key, each in gains.items() if each["row"] == rows[0]["row"]}
+        to_first = [each for each in differences if _is_of(each, protocol, group) and each["row"] == rows[0]["row"]]
+        gains = {(each["minus"], each["metric"]): each for each in to_first}
         metrics = list(dict.fromkeys(metric for _, metric in own))
         counts = next(iter(own.values()))
         console.print(Text(one_line(f"{protocol}, {group}: {counts['samples']} samples of {counts['scenes']} scenes")))
