@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from diagnosis_files import write_diagnoses
 from report_runs import MARKUP
 from w2r2_ds.report.collect import read_run
 from w2r2_ds.report.page import build_page
@@ -101,6 +102,42 @@ def test_everything_is_drawn_and_the_room_turns(browser: Any, file: Path) -> Non
         f"Math.abs(document.querySelector('{ROOM}')._fullLayout.scene.camera.eye.x - {before['x']}) > 0.05",
         timeout=30_000,
     )
+    assert page.problems == []
+
+
+@pytest.fixture(scope="module")
+def diagnosed(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A report with all sections of a diagnosis, whose sample ids and folders contain markup."""
+    run = tmp_path_factory.mktemp("diagnosed") / "run"
+    run.mkdir()
+    shutil.copy(finished_run / "config.yaml", run)
+    write_diagnoses(run, [f"a{MARKUP}", "b"], data=f"prepared/{MARKUP}")
+    path = run / "report.html"
+    path.write_text(build_page([read_run(run, "run")], samples=0, rooms=0))
+    return path
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"viewport": {"width": 1280, "height": 900}}, {**PHONE, "color_scheme": "dark"}],
+    ids=["desktop", "phone"],
+)
+def test_every_section_of_a_diagnosis_is_drawn(browser: Any, diagnosed: Path, options: dict[str, Any]) -> None:
+    page = Page(browser, diagnosed, **options)
+    page.page.wait_for_function(f"{DRAWN} === 5", timeout=60_000)
+    # Plots with their marks: slopes of six numbers and two interventions, three clouds of 24 tokens, lines over layers.
+    counts = page.page.evaluate(
+        """[...document.querySelectorAll('[data-figure]')].map(
+            e => [e.querySelectorAll('.point').length, e.querySelectorAll('.errorbar').length])"""
+    )
+    assert counts == [[12, 12], [72, 0], [16, 0], [8, 0], [8, 0]]
+    images = page.page.evaluate(
+        "[...document.querySelectorAll('.heat image')].map(e => e.getBoundingClientRect().width)"
+    )
+    assert len(images) == 2 and min(images) > 300
+    assert page.page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+    assert page.page.evaluate("window.injected") is None and page.page.locator("img").count() == 0
+    assert MARKUP in page.page.locator("body").inner_text()
     assert page.problems == []
 
 

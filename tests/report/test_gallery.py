@@ -18,6 +18,7 @@ from hand_records import beside, caption, detection
 from prepared_sets import write_prepared
 from w2r2_ds.config.io import DEMO_RECIPE, load_config
 from w2r2_ds.config.schema import DataConfig
+from w2r2_ds.data.frames.box_views import frames_to_show
 from w2r2_ds.data.frames.projection import EDGES, box_corners, project, projected_edges
 from w2r2_ds.data.frames.token_rays import scene_folder, scene_intrinsic
 from w2r2_ds.evaluation.metrics.meteor import Java
@@ -25,7 +26,7 @@ from w2r2_ds.evaluation.predictions.record import record_of
 from w2r2_ds.evaluation.resumable import write_records
 from w2r2_ds.report.collect import Evaluation, EvaluationGroup, read_run
 from w2r2_ds.report.gallery import Answered, answered_samples, boxes_of, choose
-from w2r2_ds.report.pictures import FRAMES, WIDTH, frames_to_show, make_card
+from w2r2_ds.report.pictures import FRAMES, WIDTH, make_card
 from w2r2_ds.report.room import CUT, MAX_POINTS, VOXEL, box_lines, room_figure, room_points
 from w2r2_ds.types.sample import Sample
 
@@ -159,10 +160,15 @@ def test_frames_show_the_object(answered: list[Answered]) -> None:
     assert sample.target is not None
     intrinsic = scene_intrinsic(scene_folder(sample.frames[0]))
     many = replace(sample, frames=sample.frames * 3, cam_to_world=np.concatenate([sample.cam_to_world] * 3))
-    shown = frames_to_show(many, sample.target.box, intrinsic)
+    shown = frames_to_show(many, sample.target.box, intrinsic, FRAMES)
     assert shown == sorted(shown) and len(shown) == FRAMES
-    assert frames_to_show(many, None, None) == [0, 4, 7, 11]
-    assert frames_to_show(sample, None, None) == [0, 1, 2, 3]
+    seen = sample.cam_to_world[shown[0] % len(sample.frames)]
+    poses = np.stack([seen] * 4)
+    poses[[0, 1, 3]] = seen @ np.diag([-1.0, 1.0, -1.0, 1.0])  # turned away from the object
+    away = replace(sample, frames=sample.frames[:4], cam_to_world=poses)
+    assert frames_to_show(away, sample.target.box, intrinsic, FRAMES) == [2]
+    assert frames_to_show(many, None, None, FRAMES) == [0, 4, 7, 11]
+    assert frames_to_show(sample, None, None, FRAMES) == [0, 1, 2, 3]
 
 
 def test_missing_frames_are_reported(answered: list[Answered], tmp_path: Path) -> None:

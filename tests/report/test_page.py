@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
+from html_elements import Elements
 from report_runs import MARKUP
 from w2r2_ds.commands import report
 from w2r2_ds.report import page
@@ -17,36 +17,6 @@ from w2r2_ds.report.collect import read_run
 from w2r2_ds.report.curves import COLORS
 from w2r2_ds.report.page import Figures, build_page, differing_options
 from w2r2_ds.training.fault_tolerance.exit_codes import DONE, FAILED
-
-
-class Elements(HTMLParser):
-    """Collects elements with their attributes, and the text outside of scripts and styles."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.attributes: list[tuple[str, str]] = []
-        self.text = ""
-        self.figures = ""
-        self._raw = ""
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.attributes += [(name, value or "") for name, value in attrs]
-        self._raw = tag if tag in ("script", "style") else self._raw
-        if ("id", "figures") in attrs:
-            self._raw = "figures"
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag in ("script", "style"):
-            self._raw = ""
-
-    def handle_data(self, data: str) -> None:
-        if self._raw == "figures":
-            self.figures += data
-        elif not self._raw:
-            self.text += data
 
 
 @pytest.fixture(scope="module")

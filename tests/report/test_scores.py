@@ -59,15 +59,18 @@ def test_scores_of_other_samples_have_no_difference(finished_run: Path) -> None:
 def test_table_1_of_a_diagnosis() -> None:
     cell = {"protocol": PROTOCOL, "group": "overall", "metric": "acc@0.25", "samples": 40, "scenes": 6}
     diagnosis = {
+        "task": "scanrefer",
+        "data": [{"path": "prepared/val"}],
         "table1": {
             "rows": [{"row": "fused", "label": "2D + 3D"}, {"row": "random", "label": "random guess"}],
             "cells": [
                 {**cell, "row": "fused", "value": 0.605, "low": 0.5, "high": 0.7},
                 {**cell, "row": "random", "value": 0.01, "low": None, "high": None},
             ],
-        }
+        },
     }
     (table,) = diagnosis_tables(diagnosis)
+    assert table.title == f"scanrefer: prepared/val: {PROTOCOL}, overall"
     assert table.columns == ["2D + 3D", "random guess"]
     assert table.rows == [("acc@0.25", [Cell("60.5", "[50.0, 70.0]"), Cell("1.0")])]
     assert diagnosis_tables({"other": 1}) == []

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 
 CONFIG = "config.yaml"
 SCORES, PREDICTIONS, DIAGNOSES = "scores-*.json", "predictions-*.jsonl", "diagnosis-*.json"
+FEATURES, ATTENTION = "features-*.json", "attention-*.json"
 COMPARED = ("weights", "model", "dtype", "data", "max_new_tokens", "frame_width", "frame_fit", "visual", "video_fps")
 """Fields of ``run`` in a score file that do not depend on the geometry."""
 
@@ -94,6 +95,8 @@ class RunData:
         metrics: step and values of every line of metrics.jsonl.
         groups: evaluations.
         diagnoses: contents of the files of ``w2r2 diagnose``.
+        features: files of its option ``--features``, with their contents.
+        attention: files of its option ``--attention``, with their contents.
     """
 
     name: str
@@ -102,6 +105,8 @@ class RunData:
     metrics: list[tuple[int, dict[str, float]]]
     groups: list[EvaluationGroup]
     diagnoses: list[dict[str, Any]]
+    features: list[tuple[Path, dict[str, Any]]] = field(default_factory=list)
+    attention: list[tuple[Path, dict[str, Any]]] = field(default_factory=list)
 
     @property
     def config_text(self) -> str:
@@ -128,15 +133,22 @@ def read_run(folder: Path, name: str, results: Sequence[Path] = ()) -> RunData:
             raise ValueError(f"--results: the folder {each} does not exist.")
     searched = list(results) or [folder]
     metrics = read_metrics(folder / METRICS_FILE) if (folder / METRICS_FILE).is_file() else []
-    files = [file for each in searched for file in sorted(each.rglob(DIAGNOSES))]
+    diagnoses, features, attention = (_contents(searched, pattern) for pattern in (DIAGNOSES, FEATURES, ATTENTION))
     return RunData(
         name,
         folder,
         load_config(folder / CONFIG),
         metrics,
         group_evaluations([file for each in searched for file in sorted(each.rglob(SCORES))]),
-        [read_json_object(file) for file in files],
+        [content for _, content in diagnoses],
+        features,
+        attention,
     )
+
+
+def _contents(folders: Sequence[Path], pattern: str) -> list[tuple[Path, dict[str, Any]]]:
+    """The JSON files of a pattern in some folders and all below, with their contents."""
+    return [(file, read_json_object(file)) for folder in folders for file in sorted(folder.rglob(pattern))]
 
 
 def group_evaluations(files: Sequence[Path]) -> list[EvaluationGroup]:
@@ -193,6 +205,12 @@ def read_evaluation(file: Path) -> Evaluation | None:
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{file} is not a score file of w2r2 evaluate ({error!r}).") from None
+
+
+def title_of(diagnosis: Mapping[str, Any]) -> str:
+    """Task and data of a file; prediction files may have no data."""
+    paths = ", ".join(str(each["path"]) for each in diagnosis.get("data") or ())
+    return f"{diagnosis['task']}: {paths}" if paths else str(diagnosis["task"])
 
 
 def run_names(folders: Sequence[Path]) -> list[str]:

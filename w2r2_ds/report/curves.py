@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 from collections.abc import Sequence
 
+import numpy as np
 from plotly.graph_objects import Figure, Scatter
 
 from w2r2_ds.report.collect import RunData
@@ -23,6 +24,8 @@ HEIGHT = 190
 """Height of a curve, pixels."""
 FEW = 8
 """Largest number of points that are drawn as points."""
+MAX_POINTS = 1000
+"""Most points of a curve: 40 metrics of 20,000 steps each would not fit into a page."""
 
 
 def curves(runs: Sequence[RunData]) -> dict[str, dict[str, Figure]]:
@@ -40,7 +43,7 @@ def curve(runs: Sequence[RunData], name: str) -> Figure:
     """One metric over the steps, with a line per run."""
     figure = Figure()
     for number, run in enumerate(runs):
-        points = [(step, values[name]) for step, values in run.metrics if name in values]
+        points = thinned([(step, values[name]) for step, values in run.metrics if name in values])
         # A metric that is measured rarely, such as validation, is a few points.
         mode = "lines" if len(points) > FEW else "lines+markers"
         line = {"color": COLORS[number % len(COLORS)], "width": 1.5}
@@ -49,3 +52,14 @@ def curve(runs: Sequence[RunData], name: str) -> Figure:
     margin = {"l": 48, "r": 10, "t": 8, "b": 28}
     figure.update_layout(height=HEIGHT, margin=margin, showlegend=False, hovermode="x unified")
     return figure
+
+
+def thinned(points: Sequence[tuple[int, float]]) -> Sequence[tuple[float, float]]:
+    """At most `MAX_POINTS` points: means of step and value over equal numbers of consecutive points."""
+    if len(points) <= MAX_POINTS:
+        return points
+    size = -(-len(points) // MAX_POINTS)
+    starts = np.arange(0, len(points), size)
+    counts = np.diff([*starts, len(points)])
+    means = np.add.reduceat(np.asarray(points, dtype=np.float64), starts) / counts[:, None]
+    return [(step, value) for step, value in means.tolist()]

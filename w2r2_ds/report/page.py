@@ -16,7 +16,8 @@ from plotly.offline import get_plotlyjs
 
 from w2r2_ds import __version__
 from w2r2_ds.report.collect import RunData
-from w2r2_ds.report.curves import COLORS, curves
+from w2r2_ds.report.curves import COLORS, MAX_POINTS, curves
+from w2r2_ds.report.diagnosis.sections import diagnosis_sections, missing_sections
 from w2r2_ds.report.gallery import KINDS, Answered, answered_samples, boxes_of, choose
 from w2r2_ds.report.pictures import Card, make_card
 from w2r2_ds.report.room import BOX_STYLES, room_figure
@@ -101,6 +102,7 @@ def build_page(runs: Sequence[RunData], samples: int = 12, rooms: int = 2) -> st
     """
     figures = Figures()
     sections = [run_section(run, figures, samples, rooms) for run in runs]
+    diagnosed = diagnosis_sections(runs)
     loader = Environment(
         loader=PackageLoader("w2r2_ds.report"),
         autoescape=True,  # every text of a run is untrusted: names, questions and answers may contain markup
@@ -118,6 +120,9 @@ def build_page(runs: Sequence[RunData], samples: int = 12, rooms: int = 2) -> st
         sections=sections,
         options=differing_options(runs),
         curves=drawn,
+        thinned=MAX_POINTS if any(len(run.metrics) > MAX_POINTS for run in runs) else 0,
+        diagnosed=diagnosed,
+        missing=[missing_sections(run, diagnosed, index) for index, run in enumerate(runs)],
         colors=[COLORS[index % len(COLORS)] for index in range(len(runs))],
         kinds=KINDS,
         geometry_names=GEOMETRY_NAMES,

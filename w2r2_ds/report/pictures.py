@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 import numpy as np
 from PIL import Image
 
-from w2r2_ds.data.frames.projection import projected_area, projected_edges
+from w2r2_ds.data.frames.box_views import frames_to_show
+from w2r2_ds.data.frames.projection import projected_edges
 from w2r2_ds.data.frames.token_rays import scene_folder, scene_intrinsic
-from w2r2_ds.data.images import frame_size, load_frame
+from w2r2_ds.data.images import load_frame
 from w2r2_ds.report.gallery import Answered, boxes_of
 from w2r2_ds.types.sample import Sample
 
@@ -86,21 +87,11 @@ def make_card(kind: str, answered: Answered) -> Card:
     has_poses = intrinsic is not None and bool(np.isfinite(sample.cam_to_world).all())
     boxes = boxes_of(answered) if has_poses else {}
     try:
-        shown = frames_to_show(sample, boxes.get("true"), intrinsic)
+        shown = frames_to_show(sample, boxes.get("true"), intrinsic, FRAMES)
         pictures = [_picture(sample, index, boxes, intrinsic) for index in shown]
     except ValueError as error:
         return Card(kind, answered, (), f"The frames cannot be read: {error}")
     return Card(kind, answered, pictures, problem)
-
-
-def frames_to_show(sample: Sample, box: np.ndarray | None, intrinsic: np.ndarray | None) -> list[int]:
-    """Indices of the frames in which the box is largest, in ascending order; without a box evenly spaced ones."""
-    count = len(sample.frames)
-    if box is None or intrinsic is None:
-        return sorted({round(index) for index in np.linspace(0, count - 1, min(FRAMES, count))})
-    size = frame_size(sample.frames[0])
-    areas = [projected_area(box, pose, intrinsic, size) for pose in sample.cam_to_world]
-    return sorted(sorted(range(count), key=lambda index: -areas[index])[:FRAMES])
 
 
 def _picture(sample: Sample, index: int, boxes: Mapping[str, np.ndarray], intrinsic: np.ndarray | None) -> Picture:

@@ -56,7 +56,7 @@ def room_figure(
             figure.add_trace(_lines(box_lines(boxes[name]), label, color, width))
     axis = {"showspikes": False, "title": {"text": ""}, "showbackground": False}
     scene = {"aspectmode": "data", "xaxis": axis, "yaxis": axis, "zaxis": axis}
-    scene["camera"] = {"eye": {"x": 1.2, "y": -1.2, "z": 1.25}}
+    scene["camera"] = {"eye": {"x": 1.4, "y": -1.4, "z": 1.4}}
     legend = {"orientation": "h", "y": 0, "yanchor": "top"}
     figure.update_layout(height=460, margin={"l": 0, "r": 0, "t": 0, "b": 0}, scene=scene, legend=legend)
     return figure, problem

@@ -12,7 +12,7 @@ import numpy as np
 from w2r2_ds.diagnostics.ablation.results import SampleScores, sample_scores
 from w2r2_ds.diagnostics.bootstrap import MIN_SCENES, Ratio, SceneBootstrap
 from w2r2_ds.evaluation.scoring import headline
-from w2r2_ds.report.collect import Evaluation, EvaluationGroup
+from w2r2_ds.report.collect import Evaluation, EvaluationGroup, title_of
 
 GEOMETRY_NAMES = {"fused": "2D + 3D", "zero": "2D only", "shuffle": "shuffled geometry"}
 """Geometry of an evaluation -> label, in the order of the columns."""
@@ -144,7 +144,9 @@ def diagnosis_tables(diagnosis: Mapping[str, Any]) -> list[ScoreTable]:
         note = (
             f"Times 100; {first['samples']} samples of {first['scenes']} scenes, 95 % bootstrap intervals over scenes."
         )
-        tables.append(ScoreTable(f"{protocol}, {group}", [row["label"] for row in rows], lines, note))
+        tables.append(
+            ScoreTable(f"{title_of(diagnosis)}: {protocol}, {group}", [row["label"] for row in rows], lines, note)
+        )
     return tables
 
 

@@ -1,0 +1,1 @@
+"""Sections of a report from the files of ``w2r2 diagnose``."""
