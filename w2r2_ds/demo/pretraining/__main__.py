@@ -6,12 +6,14 @@ import argparse
 import logging
 import sys
 from pathlib import Path
+from typing import Any, get_args
 
 import torch
 
 from w2r2_ds.demo.pretraining.pair.card import write_card
 from w2r2_ds.demo.pretraining.pair.evaluate import evaluate
 from w2r2_ds.demo.pretraining.pair.export import export_weights
+from w2r2_ds.demo.pretraining.pair.rooms.tasks import Task
 from w2r2_ds.demo.pretraining.pair.run import round_to_bfloat16, run_stages
 from w2r2_ds.demo.pretraining.pair.settings import Settings
 
@@ -29,8 +31,8 @@ def main(args: list[str] | None = None) -> None:
     pretraining, records = run_stages(options.work, settings)
     for module in (pretraining.vlm, pretraining.merger):
         round_to_bfloat16(module)
-    _, val = pretraining.data()
-    scores = {task: evaluate(pretraining.pair, val, task, 10**6) for task in ("grounding", "caption", "answer")}
+    val, tasks = pretraining.data("val"), get_args(Task)
+    scores: dict[str, Any] = {task: evaluate(pretraining.pair, val, task, 10**6) for task in tasks}
     export_weights(pretraining, options.out)
     write_card(options.out, settings, records, scores, pretraining.tokenizer)
 

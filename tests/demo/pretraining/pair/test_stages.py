@@ -21,10 +21,11 @@ from w2r2_ds.demo.pretraining.pair.rooms.room_set import (
     room_generator,
     save_rooms,
 )
-from w2r2_ds.demo.pretraining.pair.rooms.tasks import draw_questions, targets
+from w2r2_ds.demo.pretraining.pair.rooms.tasks import TaskQuestion, draw_questions, grounding, targets
 from w2r2_ds.demo.pretraining.pair.rooms.views import RoomData, View, draw_view, make_view
 from w2r2_ds.demo.pretraining.pair.settings import Settings
 from w2r2_ds.demo.pretraining.pair.stages.dense_boxes import box_targets, corners_of
+from w2r2_ds.demo.pretraining.pair.stages.questions import object_tokens
 from w2r2_ds.demo.pretraining.pair.stages.tower import MIN_PIXELS, monocular_boxes, patch_labels
 from w2r2_ds.demo.synthetic.options import scene_seed
 from w2r2_ds.demo.synthetic.rooms import make_room
@@ -111,6 +112,16 @@ def test_drawn_questions_have_all_tasks_and_refer_to_shown_objects(data: RoomDat
             kinds.add(question.task)
             assert question.task == "answer" or question.target in targets(data, view)
     assert kinds == {"grounding", "caption", "answer"}
+
+
+def test_attention_is_supervised_at_the_tokens_that_show_the_object(data: RoomData) -> None:
+    view = make_view(data, 0, np.array([0, 1, 3, 5]))
+    target = int(targets(data, view)[0])
+    count = TaskQuestion("answer", "How many chairs are there?", "3", -1)
+    shown = object_tokens([view], [[grounding(data, view, target), count]])
+    pixels = view.pixels[..., target].reshape(-1)
+    assert shown.shape == (1, 2, 4 * TOKENS) and not shown[0, 1].any()
+    assert np.array_equal(shown[0, 0].numpy(), pixels >= min(MIN_PIXELS, pixels.max()))
 
 
 def test_orthogonalised_matrices_have_similar_singular_values() -> None:

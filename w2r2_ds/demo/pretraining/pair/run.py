@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import Qwen2Tokenizer
@@ -54,16 +54,15 @@ class Pretraining:
         use_matrix_products(self.vlm.model.visual)
         self.words = word_vectors(self.tokenizer, self.vlm.model.language_model.embed_tokens.weight.detach())
         self.pair = Pair(self.vlm, self.merger, Prompts(self.tokenizer, self.vlm))
-        self._data: tuple[RoomData, RoomData] | None = None
+        self._data: dict[str, RoomData] = {}
 
-    def data(self) -> tuple[RoomData, RoomData]:
-        """Training and validation rooms with the outputs of the trained tower."""
-        if self._data is None:
-            tower = self.vlm.model.visual
-            logger.info("encoding %d rooms", len(self.train) + len(self.val))
-            self._data = tuple(RoomData(rooms, encode_rooms(tower, rooms)) for rooms in (self.train, self.val))  # type: ignore[assignment]
-        assert self._data is not None
-        return self._data
+    def data(self, split: Literal["train", "val"]) -> RoomData:
+        """Rooms of a split with the outputs of the trained tower."""
+        if split not in self._data:
+            rooms = self.train if split == "train" else self.val
+            logger.info("encoding %d rooms", len(rooms))
+            self._data[split] = RoomData(rooms, encode_rooms(self.vlm.model.visual, rooms))
+        return self._data[split]
 
     def run_tower(self, record: StageRecord) -> None:
         """Stage 1. Weights are shipped in bfloat16, so the next stages get the rounded tower."""
@@ -74,11 +73,11 @@ class Pretraining:
 
     def run_boxes(self, record: StageRecord) -> None:
         """Stage 2."""
-        train_boxes(DenseBoxTrainer(self.pair, self.head, self.data()[0], self.settings), record.add)
+        train_boxes(DenseBoxTrainer(self.pair, self.head, self.data("train"), self.settings), record.add)
 
     def run_questions(self, record: StageRecord) -> None:
         """Stage 3."""
-        train, val = self.data()
+        train, val = self.data("train"), self.data("val")
 
         def report_scores(step: int) -> None:
             record.add_scores(step, evaluate(self.pair, val, "grounding", COURSE_QUESTIONS))
