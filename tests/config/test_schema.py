@@ -92,7 +92,7 @@ def test_yaml_round_trip(tmp_path: Path) -> None:
         ("model.lora_dropout", "1"),
         ("model.attention", "owner/kernel"),
         ("model.geometry.layers", "[]"),
-        ("demo.warmup_batch", "0"),
+        ("demo.val_scenes", "0"),
         ("out", ""),
     ],
 )

@@ -1,4 +1,4 @@
-"""The demo: it does not overwrite models, starts nothing for a wrong command line, and trains on a free port."""
+"""The demo: it starts nothing for a wrong command line, trains on a free port, and reuses what exists."""
 
 from __future__ import annotations
 
@@ -14,24 +14,6 @@ from ablation_runs import write_checkpoint
 from runs import ROOT
 from w2r2_ds.config.io import load_config
 from w2r2_ds.demo import run
-from w2r2_ds.demo.assets import prepare_models
-
-
-def test_a_hub_model_name_raises_instead_of_building_a_tiny_model() -> None:
-    config = load_config(overrides=["--model.vlm", "Qwen/Qwen2.5-VL-3B-Instruct"])
-    with pytest.raises(ValueError, match=r"Qwen/Qwen2.5-VL-3B-Instruct.*--demo.enabled false"):
-        prepare_models(config)
-    assert not Path("Qwen").exists()
-
-
-@pytest.mark.parametrize("present", ["vlm", "vggt"])
-def test_existing_models_are_not_overwritten(tmp_path: Path, present: str) -> None:
-    (tmp_path / present).mkdir()
-    (tmp_path / present / "config.json").write_text("{}")
-    args = ["--model.vlm", str(tmp_path / "vlm"), "--model.geometry.path", str(tmp_path / "vggt")]
-    with pytest.raises(ValueError, match="was not made with these"):
-        prepare_models(load_config(overrides=args))
-    assert (tmp_path / present / "config.json").read_text() == "{}"
 
 
 @pytest.mark.parametrize(("argument", "status"), [("--help", 0), ("--steps", 1)])
@@ -78,8 +60,8 @@ def test_finished_steps_are_reused_and_the_report_is_written(monkeypatch: pytest
     write_checkpoint(Path(config.out), config.train.steps)
     (tmp_path / "evaluation").mkdir()
     (tmp_path / "adapter").mkdir()
-    for task, geometry in run.EVALUATIONS:
-        (tmp_path / "evaluation" / f"scores-{task}-{geometry}.json").touch()
+    for task in run.METRICS:
+        (tmp_path / "evaluation" / f"diagnosis-{task}.json").touch()
     (tmp_path / "adapter" / "w2r2_card.json").touch()
     run.run_demo()
     prepare, report = commands
@@ -91,3 +73,17 @@ def test_finished_steps_are_reused_and_the_report_is_written(monkeypatch: pytest
     monkeypatch.setattr(run, "import_problem", lambda package: "is not installed" if package == "plotly" else "")
     run.run_demo()
     assert [words[1] for words in commands] == ["launchers/prepare.py"]
+    (tmp_path / "evaluation" / "diagnosis-scanqa.json").unlink()
+    commands.clear()
+    run.run_demo()
+    assert [words[1] for words in commands] == ["launchers/prepare.py", "launchers/diagnose.py"]
+
+
+def test_few_parsed_answers_are_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    config = load_config(overrides=["--out", str(tmp_path / "train")])
+    write_checkpoint(Path(config.out), config.train.steps)
+    monkeypatch.setattr(run, "load_config", lambda: config)
+    monkeypatch.setattr(run, "run_command", lambda *_: None)
+    monkeypatch.setattr(run, "print_results", lambda *_: 0.94)
+    with pytest.raises(SystemExit, match=r"94\.0%"):
+        run.run_demo()

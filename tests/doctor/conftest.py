@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from broken_rank import command
-from runs import DEMO, ZERO3
+from runs import RECIPE, ZERO3
 
 TEXT = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
 
@@ -29,7 +29,7 @@ def run_options(samples: list[Any], tmp_path_factory: pytest.TempPathFactory) ->
         (folder / name / "config.json").write_text(json.dumps(config))
         save_file({"weight": torch.arange(12.0).reshape(3, 4)}, folder / name / "model.safetensors")
     return {
-        "config": str(DEMO),
+        "config": str(RECIPE),
         "deepspeed": str(ZERO3),
         "demo.enabled": "false",
         "data.root": str(prepared.parent),

@@ -13,15 +13,16 @@ import numpy as np
 
 from hand_records import camera_answer
 from prepared_sets import write_prepared
-from w2r2_ds.config.io import DEMO_RECIPE, load_config, save_config
+from runs import RECIPE
+from w2r2_ds.config.io import load_config, save_config
 from w2r2_ds.config.schema import RunConfig
 from w2r2_ds.data.prepared_set import PreparedSet
 from w2r2_ds.data.tasks.parsing import parse_grounding
-from w2r2_ds.demo.assets import prepare_sets
 from w2r2_ds.evaluation.predictions.record import record_of
 from w2r2_ds.evaluation.resumable import write_records
 from w2r2_ds.evaluation.scoring import score_records
 from w2r2_ds.types.sample import Sample
+from warm_up import prepare_tiny_sets
 
 MARKUP = "<script>window.injected = 1</script><img src=x onerror='window.injected = 1'>&amp;"
 """Text that runs a script if it is not escaped."""
@@ -35,15 +36,14 @@ def report_config(root: Path, out: Path, **changes: Any) -> RunConfig:
         "data.root": root,
         "data.train": "[{path: prepared/scanrefer/train}]",
         "data.val": f"[{{path: {SET}}}]",
-        "demo.enabled": "false",
         **changes,
     }
-    return load_config(DEMO_RECIPE, [word for name, value in options.items() for word in (f"--{name}", str(value))])
+    return load_config(RECIPE, [word for name, value in options.items() for word in (f"--{name}", str(value))])
 
 
 def prepare_rooms(root: Path) -> list[Sample]:
     """Prepare the grounding set of synthetic rooms; returns its samples whose target is in a frame."""
-    prepare_sets(report_config(root, root / "unused"))
+    prepare_tiny_sets(report_config(root, root / "unused"))
     return [sample for sample in PreparedSet(root / SET, root) if sample.answer]
 
 

@@ -25,7 +25,7 @@ from fork_server import ROOT, environment, fork_ranks
 from w2r2_ds.training.deepspeed.process_group import free_port
 
 ZERO3 = ROOT / "ds_configs" / "zero3.json"
-DEMO = ROOT / "w2r2_ds" / "recipes" / "demo.yaml"
+RECIPE = ROOT / "tests" / "helpers" / "tiny_recipe.yaml"
 GOLDEN_LOSSES = ROOT / "tests" / "golden" / "losses" / "demo30.json"
 TIMEOUT = 900
 STEPS, SAVE_EVERY, GLOBAL_BATCH, MICRO_BATCH = 30, 5, 8, 4
@@ -45,8 +45,6 @@ class World:
         """Command line of launchers/train.py; ``train__steps=3`` in `changes` becomes ``--train.steps 3``."""
         options = {
             "out": out,
-            "demo.enabled": "false",
-            "demo.warmup_steps": 100,
             "data.root": self.folder / "scenes",
             "data.train": "[{path: prepared/scanrefer/train}]",
             "data.val": "[{path: prepared/scanrefer/val}]",
@@ -63,7 +61,11 @@ class World:
             "train.keep_last": 2,
             **{name.replace("__", "."): value for name, value in changes.items()},
         }
-        return ["--config", str(DEMO), *(text for name, value in options.items() for text in (f"--{name}", str(value)))]
+        return [
+            "--config",
+            str(RECIPE),
+            *(text for name, value in options.items() for text in (f"--{name}", str(value))),
+        ]
 
 
 def world_folder(base: Path) -> Path:
@@ -73,15 +75,15 @@ def world_folder(base: Path) -> Path:
 
 def make_world(folder: Path) -> World:
     """Write the scenes and the models, or reuse those of the same options."""
-    from w2r2_ds.config.io import DEMO_RECIPE, load_config
-    from w2r2_ds.demo.assets import prepare_models, prepare_sets
+    from w2r2_ds.config.io import load_config
     from w2r2_ds.demo.synthetic.write import write_dataset
+    from warm_up import make_tiny_models, prepare_tiny_sets
 
     world = World(folder)
     write_dataset(folder / "scenes", 0, 2, 1, (160, 120), 6)
-    config = load_config(DEMO_RECIPE, world.arguments(folder / "unused"))
-    prepare_sets(config)
-    prepare_models(config)
+    config = load_config(RECIPE, world.arguments(folder / "unused"))
+    prepare_tiny_sets(config)
+    make_tiny_models(config)
     return world
 
 

@@ -13,7 +13,7 @@ def main(args: list[str] | None = None) -> None:
 
 
 def run() -> None:
-    """Make synthetic rooms and a tiny model in runs/demo, train under ZeRO-3, evaluate, export, print a table.
+    """Make synthetic rooms in runs/demo, train the tiny pretrained model under ZeRO-3, diagnose, export, print a table.
 
     It takes minutes. Finished steps of an earlier demo are reused.
     """

@@ -17,7 +17,7 @@ SUBCOMMANDS = {
     "detection": "a few neighbouring frames -> the boxes of all visible objects",
     "boxes": "ScanRefer's boxes from ScanNet's meshes and annotations",
     "synthetic": "furnished rooms with annotations, in ScanNet's layout",
-    "demo": "scenes and tiny models of the demo recipe",
+    "demo": "scenes and tiny model of the demo recipe",
     "geometry": "features of the frozen encoders, written to data.cache before training",
 }
 """Name -> description. A table, so that ``w2r2 prepare --help`` does not import the tasks."""

@@ -232,14 +232,14 @@ def synthetic(
 
 
 def demo(workers: int = 0) -> None:
-    """Make the data and models of the demo recipe: prepared synthetic scenes, a tiny pretrained VLM and a tiny VGGT.
+    """Make the data and models of the demo recipe: prepared synthetic scenes, and a copy of the tiny pretrained model.
 
     Args:
-        workers: number of processes for the scenes; 0 means one per available core.
+        workers: number of processes; 0 means one per available core.
     """
     from w2r2_ds.config.io import load_config
-    from w2r2_ds.demo.assets import prepare_models, prepare_scenes
+    from w2r2_ds.demo.assets import copy_models, prepare_scenes
 
     config = load_config()
     prepare_scenes(config, _processes(workers))
-    prepare_models(config)
+    copy_models(config)

@@ -1,6 +1,6 @@
 """Train a model: ``deepspeed launchers/train.py --deepspeed ds_configs/zero3.json [--config RECIPE.yaml] ...``.
 
-Without --config it runs the demo recipe, which makes its synthetic scenes and tiny models first.
+Without --config it runs the demo recipe, which makes its synthetic scenes first.
 """
 
 from __future__ import annotations

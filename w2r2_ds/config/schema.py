@@ -319,29 +319,23 @@ class TrainConfig:
 
 @dataclass(config=STRICT)
 class DemoConfig:
-    """Synthetic scenes and tiny models in place of data and weights; used only when `enabled`.
+    """Synthetic scenes and a tiny pretrained model in place of data and weights; used only when `enabled`.
 
     Args:
-        enabled: generate the synthetic scenes and the tiny models if they are missing.
+        enabled: generate the synthetic scenes, and copy the tiny model, if they are missing.
         train_scenes: number of synthetic training scenes.
         val_scenes: number of synthetic validation scenes.
         frames_per_scene: number of frames rendered along each camera path.
-        frames: number of frames per sample.
-        seed: seed of scenes and tiny models.
-        warmup_steps: steps that train all parameters of the tiny VLM on 2D input, in place of pre-training.
-        warmup_batch: samples per warm-up step.
-        warmup_lr: peak learning rate of the warm-up steps.
+        frames: number of frames per sample; if it is `frames_per_scene`, every described object is in a frame.
+        seed: seed of the scenes.
     """
 
     enabled: bool = False
-    train_scenes: PositiveInt = 48
-    val_scenes: PositiveInt = 12
-    frames_per_scene: PositiveInt = 16
+    train_scenes: PositiveInt = 100
+    val_scenes: PositiveInt = 60
+    frames_per_scene: PositiveInt = 4
     frames: PositiveInt = 4
     seed: NonNegativeInt = 0
-    warmup_steps: PositiveInt = 240
-    warmup_batch: PositiveInt = 8
-    warmup_lr: PositiveFloat = 3e-3
 
 
 @dataclass(config=STRICT)
@@ -355,7 +349,7 @@ class RunConfig:
         model: the video LLM and its geometry branch.
         objective: the loss.
         train: optimization, checkpoints, validation and logging.
-        demo: synthetic data and tiny models.
+        demo: synthetic data and a tiny model.
     """
 
     out: Annotated[str, Field(min_length=1)] = "runs/run"

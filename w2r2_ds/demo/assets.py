@@ -1,55 +1,53 @@
-"""Data and models of the demo: synthetic scenes, a tiny VLM trained for a few steps, and a tiny random VGGT."""
+"""Data and models of the demo: synthetic rooms, prepared sets, and copies of the weights that the package ships."""
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 import shutil
-from dataclasses import asdict, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import torch
-
 from w2r2_ds.config.schema import RunConfig
-from w2r2_ds.data.dataset import load_mixture
 from w2r2_ds.data.frames.selection import FrameOptions
 from w2r2_ds.data.prepare.manifest import summary_line
 from w2r2_ds.data.prepare.pipeline import prepare
 from w2r2_ds.data.tasks.base import TASKS, TaskOptions
-from w2r2_ds.demo.pretrain import warm_up
 from w2r2_ds.demo.synthetic.write import write_dataset
-from w2r2_ds.demo.tiny_models import build_tiny_vggt, build_tiny_vlm
-from w2r2_ds.models.build import load_frontend
-from w2r2_ds.models.weights.loading import load_vlm
+from w2r2_ds.models.merger_io import MERGER
 
 logger = logging.getLogger(__name__)
 
-MANIFEST = "demo.json"
-"""File in the tiny VLM's directory with the options that it was made with."""
+WEIGHTS = Path(__file__).parent / "weights" / "point_map"
+"""The tiny pair: ``vlm/`` (Qwen2.5-VL), geometry_merger.safetensors, and card.json and card.md, which describe it."""
+CARD = "card.json"
+IMAGE_SIZE = (168, 112)
+"""Width and height of an image, pixels. The pair was pretrained with this size, and with the other options below."""
+WORLD_FORMAT, DECIMALS = "video3dllm", 1
 
 
 def prepare_scenes(config: RunConfig, workers: int = 1) -> None:
-    """Write the synthetic scenes of section `demo` to `data.root`, or reuse them."""
+    """Write the synthetic rooms of section `demo` to `data.root`, or reuse them, and prepare the sets."""
     demo = config.demo
     written = write_dataset(
         config.data.root,
         seed=demo.seed,
         train_scenes=demo.train_scenes,
         val_scenes=demo.val_scenes,
+        image_size=IMAGE_SIZE,
         frames_per_scene=demo.frames_per_scene,
         workers=workers,
+        sentences="phrases",
+        world_frame="corner",
+        questions=("unique_color",),
     )
     logger.info(written.message)
-    prepare_sets(config)
+    prepare_sets(config, workers)
 
 
-def prepare_sets(config: RunConfig) -> None:
+def prepare_sets(config: RunConfig, workers: int = 1) -> None:
     """Prepare the sets of `data.train` and `data.val`, or reuse them.
 
-    A set ``prepared/TASK/NAME`` belongs to TASK and has `demo.frames` frames per sample. Object visibility is computed
-    from depth images, because rendered scenes have no meshes.
+    A set ``prepared/TASK/NAME`` belongs to TASK and has `demo.frames` frames per sample.
 
     Raises:
         ValueError: a path does not contain a task, or its source data are missing.
@@ -60,7 +58,8 @@ def prepare_sets(config: RunConfig) -> None:
         if splits.setdefault(source.path, "val") != "val":
             raise ValueError(f"data.val has {source.path}, which is in data.train too; the demo needs different paths.")
     for path, split in splits.items():
-        done = prepare(root, _task_options(path, split, config.demo.frames), root / path, quiet=True)
+        options = _task_options(path, split, config.demo.frames)
+        done = prepare(root, options, root / path, workers, quiet=True)
         if not done.reused:
             logger.info(summary_line(done.folder, done.manifest, done.reused))
 
@@ -70,63 +69,45 @@ def _task_options(path: str, split: Any, frames: int) -> TaskOptions:
     task = PurePosixPath(path).parent.name
     if task not in TASKS:
         raise ValueError(f"{path} has no task; the demo prepares prepared/TASK/NAME, TASK one of {', '.join(TASKS)}.")
+    in_world = WORLD_FORMAT in TASKS[task].formats and "decimals" in TASKS[task].cli_options
     return TaskOptions(
         task,
         split,
-        format=TASKS[task].formats[0],
+        format=WORLD_FORMAT if in_world else TASKS[task].formats[0],
         frames=FrameOptions("uniform", frames),
-        visibility="depth",
+        visibility="depth",  # rendered rooms have no meshes
+        decimals=DECIMALS if in_world else 2,
         step=1,  # rendered frames are numbered 0, 1, 2, ...; extracted frames of ScanNet 0, 10, 20, ...
         windows=10,
     )
 
 
-def prepare_models(config: RunConfig) -> None:
-    """Build the tiny VGGT and VLM and pretrain the VLM for `demo.warmup_steps`, or reuse models of the same options.
+def copy_models(config: RunConfig) -> None:
+    """Copy the tiny VLM and its geometry merger to the folder of `model.vlm`, or reuse an earlier copy.
 
     Raises:
-        ValueError: the directories exist and were made with other options, or not by the demo.
+        ValueError: `model.vlm` and `model.merger` are not in one folder, or it has other files.
     """
-    vlm, vggt = Path(config.model.vlm), Path(config.model.geometry.path)
-    options = json.loads(json.dumps({"data": asdict(config.data), "demo": asdict(config.demo)}))  # as read from JSON
-    # Only these data options change the pretrained VLM.
-    options["data"] = {name: options["data"][name] for name in ("root", "train", "frame_width", "frame_fit", "visual")}
-    if (vlm.name, vggt.name) != ("vlm", "vggt") or vlm.parent != vggt.parent:
+    vlm, merger = Path(config.model.vlm), Path(config.model.merger)
+    if (vlm.name, merger.name) != ("vlm", MERGER) or vlm.parent != merger.parent:
         raise ValueError(
-            f"demo.enabled builds tiny models in FOLDER/vlm and FOLDER/vggt, but model.vlm is {vlm} and "
-            f"model.geometry.path {vggt}; use --demo.enabled false for your own models."
+            f"demo.enabled copies tiny models to FOLDER/vlm and FOLDER/{MERGER}, but model.vlm is {vlm} and "
+            f"model.merger {merger}; use --demo.enabled false for your own models."
         )
-    if vlm.exists() or vggt.exists():
-        manifest = vlm / MANIFEST
-        if not manifest.is_file() or json.loads(manifest.read_text()) != options:
-            raise ValueError(
-                f"{vlm} exists but was not made with these data and demo options; remove it or use another folder."
-            )
-        logger.info("reusing the tiny model in %s", vlm)
+    folder, card = vlm.parent, WEIGHTS / CARD
+    if folder.exists():
+        if not (folder / CARD).is_file() or (folder / CARD).read_bytes() != card.read_bytes():
+            raise ValueError(f"{folder} exists, but is no copy of the demo's models; remove it or use another folder.")
+        logger.info("reusing the tiny model in %s", folder)
         return
-    # Build both models in temporary directories and rename them at the end, the VLM with the manifest last.
-    partial = vlm.with_name(vlm.name + ".partial")
+    # Copied to a temporary folder, which is renamed at the end: a folder of this name is complete.
+    partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    samples = load_mixture(config.data, "train")
-    build_tiny_vlm(partial, [f"{sample.question}\n{sample.answer}" for sample in samples], config.demo.seed)
-    partial_vggt = build_tiny_vggt(partial.with_name("vggt.partial"), config.demo.seed)
-    model = load_vlm(str(partial), torch.float32, "sdpa")
-    geometry = replace(config.model.geometry, path=str(partial_vggt))
-    frontend = load_frontend(replace(config.model, vlm=str(partial), geometry=geometry))
-    every = max(1, config.demo.warmup_steps // 10)
-
-    def report(step: int, loss: float) -> None:
-        if step % every == 0:
-            logger.info("warm-up step %d/%d: loss %.3f", step, config.demo.warmup_steps, loss)
-
-    warm_up(model, frontend, samples, config, report)
-    model.save_pretrained(partial)
-    (partial / MANIFEST).write_text(json.dumps(options, indent=2) + "\n")
-    os.replace(partial_vggt, vggt)
-    os.replace(partial, vlm)
+    shutil.copytree(WEIGHTS, partial)
+    partial.rename(folder)
 
 
 def prepare_demo(config: RunConfig) -> None:
     """Prepare scenes and models; existing ones are reused."""
     prepare_scenes(config)
-    prepare_models(config)
+    copy_models(config)

@@ -1,11 +1,10 @@
-"""Run the whole pipeline without downloads: scenes, tiny model, ZeRO-3 training, evaluation, export, report, table.
+"""Run the whole pipeline without downloads: rooms, ZeRO-3 training of the tiny pair, diagnosis, export, report, table.
 
 Every step is a command, which is logged before it is executed. A second run reuses finished steps.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
@@ -16,24 +15,22 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from w2r2_ds.config.io import load_config
 from w2r2_ds.config.schema import RunConfig
-from w2r2_ds.evaluation.scoring import headline
+from w2r2_ds.demo.results_table import METRICS, causality_line, parsed_share, results_table
 from w2r2_ds.training.checkpoint.manifest import find_checkpoint, has_checkpoint, is_newer, is_trained
 from w2r2_ds.training.deepspeed.process_group import free_port
+from w2r2_ds.utils.files.json_io import read_json_object
 from w2r2_ds.utils.gpus import check_gpus
 from w2r2_ds.utils.packages import import_problem
 
 logger = logging.getLogger(__name__)
 
-CAPTION = "tiny model: a test of the pipeline, not of the method"
 MIN_PARSED = 0.95
 """Minimum share of answers that can be parsed; the demo fails below it."""
-GEOMETRY_NAMES = {"fused": "2D + 3D", "zero": "2D only"}
-METRICS = ("acc@0.25", "acc@0.5", "CIDEr@0.5", "BLEU-4@0.5", "ROUGE-L@0.5", "EM", "CIDEr", "ROUGE-L")
-EVALUATIONS = [(task, geometry) for task in ("scanrefer", "scan2cap", "scanqa") for geometry in GEOMETRY_NAMES]
+DIAGNOSE = ("--batch_size", "32", "--max_new_tokens", "32", "--causality_limit", "48")
+"""Options of the diagnosis: answers of the tiny model have at most 24 tokens."""
 
 
 def run_command(*command: str) -> None:
@@ -65,14 +62,12 @@ def run_demo() -> None:
         port = ("--master_port", str(free_port()))  # the launcher's default port may be in use by another run
         run_command("deepspeed", *port, "launchers/train.py", "--deepspeed", "ds_configs/zero3.json", *resume)
     step = find_checkpoint(config.out)
-    for task, geometry in EVALUATIONS:
-        file = scores / f"scores-{task}-{geometry}.json"
-        if is_newer(file, step):
-            logger.info("reusing %s", file)
-            continue
+    files = [scores / f"diagnosis-{task}.json" for task in METRICS]
+    if all(is_newer(file, step) for file in files):
+        logger.info("reusing the diagnosis in %s", scores)
+    else:
         paths = ("--checkpoint", str(step), "--out", str(scores))
-        options = ("--task", task, "--geometry", geometry, "--batch_size", "32")
-        run_command("python", "launchers/evaluate.py", *paths, *options)
+        run_command("python", "launchers/diagnose.py", *paths, *DIAGNOSE)
     if is_newer(adapter / "w2r2_card.json", step):
         logger.info("reusing the adapter in %s", adapter)
     else:
@@ -80,7 +75,7 @@ def run_demo() -> None:
             shutil.rmtree(adapter)  # exported from an earlier checkpoint
         run_command("python", "launchers/export.py", "--checkpoint", config.out, "--out", str(adapter))
     write_report(config, scores)
-    parsed = print_results(config, scores, adapter, time.perf_counter() - started)
+    parsed = print_results(config, files, adapter, time.perf_counter() - started)
     if parsed < MIN_PARSED:
         sys.exit(f"demo: only {parsed:.1%} of the answers parse; at least {MIN_PARSED:.0%} should.")
 
@@ -100,39 +95,25 @@ def write_report(config: RunConfig, scores: Path) -> None:
     run_command("python", "launchers/report.py", *paths)
 
 
-def print_results(config: RunConfig, scores: Path, adapter: Path, seconds: float) -> float:
-    """Print the results table and paths; returns the smallest share of parsed answers over all evaluations.
+def print_results(config: RunConfig, files: list[Path], adapter: Path, seconds: float) -> float:
+    """Print the results table and paths; returns `parsed_share`.
 
     Args:
         config: run configuration of the demo.
-        scores: folder with ``scores-TASK-GEOMETRY.json`` of all `EVALUATIONS`.
+        files: ``diagnosis-TASK.json`` of every task.
         adapter: folder of the exported adapter.
         seconds: duration of the demo.
     """
-    table = Table(title=CAPTION, title_style="bold")
-    for column in ("task", "geometry", "parsed", "samples", "scores"):
-        table.add_column(column, justify="right" if column in ("parsed", "samples") else "left")
-    shares, protocols = [], []
-    for task, geometry in EVALUATIONS:
-        results = json.loads((scores / f"scores-{task}-{geometry}.json").read_text())["protocols"]
-        (name,) = results  # the task's default protocol
-        shares.append(results[name]["parsed"])
-        protocols += [name] if name not in protocols else []
-        numbers = [
-            f"{metric.removeprefix(name).strip()} {100 * value:.1f}"
-            for metric, value in headline(results).items()
-            if value is not None and metric.removeprefix(name).strip() in METRICS
-        ]
-        table.add_row(
-            task, GEOMETRY_NAMES[geometry], f"{shares[-1]:.1%}", str(results[name]["count"]), ", ".join(numbers)
-        )
+    results = [read_json_object(file) for file in files]
     console = Console(width=100)
-    console.print(table)
-    console.print("all scores times 100; protocols:", ", ".join(protocols), markup=False, highlight=False)
+    console.print(results_table(results))
+    console.print("Scores times 100, with 95 % intervals over rooms that training has not used.", markup=False)
+    if line := causality_line(results):
+        console.print(line, markup=False, highlight=False)
     for label, path in (
         ("scenes", f"{config.data.root} (images in contact_sheets/)"),
         ("run", f"{config.out} (metrics.jsonl, checkpoints/)"),
-        ("predictions", scores),
+        ("diagnosis", files[0].parent),
         ("adapter", adapter),
         ("report", report_file(config)),
     ):
@@ -140,4 +121,4 @@ def print_results(config: RunConfig, scores: Path, adapter: Path, seconds: float
             continue
         console.print(f"{label:12} {path}", markup=False, highlight=False, soft_wrap=True)
     console.print(f"done in {seconds:.0f} s", markup=False, highlight=False)
-    return min(shares)
+    return parsed_share(results)

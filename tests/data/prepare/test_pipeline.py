@@ -23,7 +23,7 @@ from w2r2_ds.data.frames.selection import FrameOptions
 from w2r2_ds.data.prepare import pipeline as preparing
 from w2r2_ds.data.prepare.manifest import summary_line
 from w2r2_ds.data.prepare.pipeline import SKIPPED_FILE, prepare
-from w2r2_ds.data.prepared_set import MANIFEST, PreparedSet
+from w2r2_ds.data.prepared_set import MANIFEST, PreparedSet, read_manifest
 from w2r2_ds.data.sources.frames import LOST_POSE
 from w2r2_ds.data.tasks.base import TaskOptions
 from w2r2_ds.data.tasks.scan2cap import Scan2Cap
@@ -367,10 +367,13 @@ def test_the_demo_prepares_the_sets_of_its_recipe(root: Path, caplog: pytest.Log
     config.data.val = [SourceConfig("prepared/scanrefer/val"), SourceConfig("prepared/scanqa/val")]
     prepare_sets(config)
     assert caplog.text.count("samples of") == 5
+    formats = {name: read_manifest(root / f"prepared/{name}/val")["format"] for name in ("scanrefer", "scanqa")}
+    assert formats == {"scanrefer": "video3dllm", "scanqa": "video3dllm"}
     mixture = load_mixture(config.data, "train")
     assert [each.task for each in mixture] == [task for task in ("scanrefer", "scan2cap", "scanqa") for _ in range(2)]
     assert [path.name for path in mixture[0].frames] == ["00000.jpg", "00002.jpg"]
     assert mixture[4].question.endswith(" Answer the question simply.")
+    assert mixture[0].box_format == "world" and [each.decimals for each in mixture[:5:2]] == [1, 1, 2]
     caplog.clear()
     prepare_sets(config)
     assert caplog.text == "", "existing sets are reused"
