@@ -168,3 +168,23 @@ def test_pair_frames() -> None:
     assert copies.found == []
     with pytest.raises(ValueError, match="frames >= 1"):
         pair_frames(frames[:0])
+
+
+def test_the_scale_hint_is_a_linear_map_of_the_last_channels() -> None:
+    """Zero at first; per frame set, at all of its tokens; a gradient also without any grid (ZeRO-3 needs it)."""
+    torch.manual_seed(0)
+    merger, plain = GeometryMerger(4, 6, merger_hidden=8, scale_channels=3), GeometryMerger(4, 6, merger_hidden=8)
+    assert merger.scale_hint is not None and not merger.scale_hint.weight.any() and merger.scale_hint.bias is None
+    plain.load_state_dict({name: value for name, value in merger.state_dict().items() if "scale_hint" not in name})
+    codes, grids = torch.randn(2, 3), [torch.randn(2, 4, 4, 4), torch.randn(1, 2, 5, 4)]
+    given = [torch.cat([grid, code.expand(*grid.shape[:3], -1)], -1) for grid, code in zip(grids, codes, strict=True)]
+    expected = plain(grids)
+    assert torch.equal(merger(given), expected) and len(expected) == 8 + 2
+    torch.nn.init.normal_(merger.scale_hint.weight)
+    hints = torch.repeat_interleave(codes @ merger.scale_hint.weight.T, torch.tensor([8, 2]), dim=0)
+    torch.testing.assert_close(merger(given), expected + hints)
+    assert merger([]).shape == (0, 6)
+    merger([]).sum().backward()
+    assert all(parameter.grad is not None and not parameter.grad.any() for parameter in merger.parameters())
+    with pytest.raises(ValueError, match=r"expected \[frames, h, w, 7\]"):
+        merger(grids)
