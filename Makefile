@@ -59,7 +59,7 @@ lint: $(STAMP)
 	"$(BIN)/mypy"
 	"$(BIN)/lint-imports"
 	"$(BIN)/python" scripts/check_words.py
-	"$(BIN)/shellcheck" -x .ci/run slurm/* tests/cluster/*.sh examples/*.sh
+	"$(BIN)/shellcheck" -x .ci/run slurm/* tests/cluster/*.sh examples/*.sh docs/research/study/*.sh
 
 clean:
 	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
