@@ -234,6 +234,14 @@ def test_predictions_of_many_frames_equal_those_in_one_call(vggt: VGGT) -> None:
     torch.testing.assert_close(predicted.points, outputs.points[0])
 
 
+def test_dense_heads_run_on_the_chosen_frames(vggt: VGGT, images: torch.Tensor) -> None:
+    with torch.no_grad():
+        every, chosen = run_heads(vggt, images[None]), run_heads(vggt, images[None], dense_frames=[2, 0])
+    torch.testing.assert_close(chosen.pose_encodings, every.pose_encodings)
+    for name in ("depth", "depth_confidence", "points", "point_confidence"):
+        torch.testing.assert_close(getattr(chosen, name), getattr(every, name)[:, [2, 0]])
+
+
 def test_heads_keep_float32_beside_an_aggregator_in_bfloat16(vggt: VGGT, images: torch.Tensor) -> None:
     exact = predict(vggt, images)
     vggt.aggregator.to(torch.bfloat16)

@@ -23,7 +23,7 @@ class HeadOutputs:
 
     Attributes:
         pose_encodings: ``[iterations, B, S, 9]`` (`models/vggt/cameras.py`); the last one is the prediction.
-        depth: ``[B, S, H, W]``, above 0.
+        depth: ``[B, S, H, W]``, above 0. This and the following maps have only the chosen frames of `run_heads`.
         depth_confidence: ``[B, S, H, W]``, above 1.
         points: ``[B, S, H, W, 3]``, in the frame of the first camera.
         point_confidence: ``[B, S, H, W]``, above 1.
@@ -62,7 +62,9 @@ class VGGTPredictions:
     point_confidence: Tensor
 
 
-def run_heads(vggt: VGGT, images: Tensor, frames_at_once: int | None = None) -> HeadOutputs:
+def run_heads(
+    vggt: VGGT, images: Tensor, frames_at_once: int | None = None, dense_frames: Sequence[int] | None = None
+) -> HeadOutputs:
     """Run the aggregator and all three heads, with gradients if they are enabled.
 
     The heads run in the dtype of their own weights, which may be float32 beside an aggregator in bfloat16.
@@ -72,6 +74,8 @@ def run_heads(vggt: VGGT, images: Tensor, frames_at_once: int | None = None) -> 
         images: ``[B, S, 3, H, W]`` floating, RGB in [0, 1]; frame 0 is the reference. H and W are multiples of the
             patch size.
         frames_at_once: frames of one call of a dense head; all by default.
+        dense_frames: indices of the frames for depth and points; all by default. Fewer make training steps shorter:
+            the dense heads cost as much as the aggregator in a small model, and frames do not interact in them.
 
     Raises:
         ValueError: the model lacks a head, or see `Aggregator.forward`.
@@ -84,12 +88,13 @@ def run_heads(vggt: VGGT, images: Tensor, frames_at_once: int | None = None) -> 
         )
     config = vggt.config
     by_layer = vggt.aggregator(images, sorted({*config.dpt_layers, config.depth - 1}))
-    taps = [by_layer[layer][:, :, config.special_tokens :].flatten(0, 1) for layer in config.dpt_layers]
+    chosen = slice(None) if dense_frames is None else list(dense_frames)  # a list is copied to the device
+    taps = [by_layer[layer][:, chosen, config.special_tokens :].flatten(0, 1) for layer in config.dpt_layers]
     camera_tokens = by_layer[config.depth - 1][:, :, 0].to(camera_head.token_norm.weight.dtype)
 
     def dense(head: DPTHead) -> tuple[Tensor, Tensor]:
         values, confidence = run_dense_head(head, taps, images.shape[-2:], frames_at_once)
-        return values.unflatten(0, images.shape[:2]), confidence.unflatten(0, images.shape[:2])
+        return values.unflatten(0, (len(images), -1)), confidence.unflatten(0, (len(images), -1))
 
     depth, depth_confidence = dense(depth_head)
     points, point_confidence = dense(point_head)
