@@ -38,6 +38,7 @@ VALIDATED: dict[str, object] = {
     "train__eval_samples": PICKED,  # two batches of four for the two ranks: two samples are repeated
     "train__keep_last": 1,
 }
+ANSWERED = ("data__val", "train__eval_max_new_tokens")
 ACC = "val/scanrefer/acc@0.25"
 Reports = dict[str, list[dict[str, Any]]]
 
@@ -61,8 +62,9 @@ def runs(world: World, folder: Path) -> Reports:
     back = (str(folder / "validated"), str(folder / "resumed"), 2)
     jobs = [
         job("plain", {}),
-        job("validated", VALIDATED, scores=(0.1, 0.5, 0.3)),
+        job("validated", {**VALIDATED, "train__samples_every": 1}, scores=(0.1, 0.5, 0.3)),
         job("resumed", {**VALIDATED, "resume": "auto"}, scores=(0.5,), rewind=back),
+        job("drawn", {name: VALIDATED[name] for name in ANSWERED} | {"train__samples_every": 2}),
         job("other-task", {"train__eval_every": 4, "train__best_by": "scan2cap/CIDEr@0.5"}),
         job("cut-frame", {"train__eval_every": 4, "data__root": cut_frame_root(world, folder)}),
     ]
@@ -98,6 +100,21 @@ class TestRuns:
             state = f"checkpoints/step-000003/rng-{rank}.pt"
             ours, theirs = (torch.load(folder / name / state)["cpu"] for name in ("validated", "plain"))
             assert torch.equal(ours, theirs)
+
+    def test_pictures_of_samples_do_not_change_the_losses(self, runs: Reports, folder: Path) -> None:
+        """Pictures of their own answers, and those of the answers of a validation, are equal."""
+        assert [report["error"] for report in runs["drawn"]] == [None, None]
+        assert without_times(read_metrics(folder / "drawn")) == without_times(read_metrics(folder / "plain"))
+        for rank in (0, 1):
+            state = f"checkpoints/step-000003/rng-{rank}.pt"
+            ours, theirs = (torch.load(folder / name / state)["cpu"] for name in ("drawn", "plain"))
+            assert torch.equal(ours, theirs)
+        drawn, validated = (folder / name / "samples" for name in ("drawn", "validated"))
+        assert sorted(os.listdir(validated)) == ["step_1.png", "step_2.png", "step_3.png"]
+        assert sorted(os.listdir(drawn)) == ["step_2.png", "step_3.png"]  # also after the last step
+        for name in os.listdir(drawn):
+            assert (drawn / name).read_bytes() == (validated / name).read_bytes()
+        assert not (folder / "plain" / "samples").exists()
 
     def test_two_zero3_ranks_score_as_the_unsharded_model(self, runs: Reports, folder: Path) -> None:
         """The checkpoint of the same step, loaded without DeepSpeed, on the same samples."""
@@ -246,3 +263,15 @@ def test_a_validation_set_without_samples_is_rejected(
         single_rank(RunConfig(data=data_config(), train=TrainConfig(eval_every=1)), frontend)
     with pytest.raises(ValueError, match=r"data\.val is empty"):
         RunConfig(data=data_config(val=[]), train=TrainConfig(eval_every=1))
+
+
+def test_pictures_without_boxes_are_an_error_at_the_start(
+    mixed: list[Any], frontend: Any, data_config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = RunConfig(data=data_config(), train=TrainConfig(samples_every=5))
+    monkeypatch.setattr(validator, "load_mixture", lambda config, split: mixed[:2])  # a caption and an answer
+    with pytest.raises(ValueError, match=r"train\.samples_every.*scan2cap, scanqa"):
+        single_rank(config, frontend)
+    monkeypatch.setattr(validator, "load_mixture", lambda config, split: [])
+    with pytest.raises(ValueError, match=r"data\.val.*train\.samples_every"):
+        single_rank(config, frontend)

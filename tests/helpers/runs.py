@@ -88,11 +88,13 @@ def make_world(folder: Path) -> World:
 
 
 def train_once(world: World) -> Path:
-    """Train 30 steps on one rank with DeepSpeed's launcher; returns the run folder, which most tests read."""
+    """Train 30 steps on one rank with DeepSpeed's launcher; returns the run folder, with its output, for most tests."""
     out = world.folder / "run"
     shutil.rmtree(out, ignore_errors=True)
-    done = launch(1, "launchers/train.py", ["--deepspeed", str(ZERO3), *world.arguments(out)])
+    shown = {"train__samples_every": SAVE_EVERY, "train__report": "true"}
+    done = launch(1, "launchers/train.py", ["--deepspeed", str(ZERO3), *world.arguments(out, **shown)])
     assert done.returncode == 0, done.stdout[-4000:]
+    (out / "output.txt").write_text(done.stdout)
     return out
 
 

@@ -9,9 +9,11 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from unittest.mock import patch
 
+import numpy as np
 import pytest
+from PIL import Image
 
-from w2r2_ds.training import trackers
+from w2r2_ds.training import metrics, trackers
 from w2r2_ds.training.metrics import MetricsLogger
 from w2r2_ds.training.trackers import TRACKERS
 
@@ -35,6 +37,7 @@ class CsvTracker:
     def finish(self) -> None:
         self.file.close()
 """
+PICTURE = Image.new("RGB", (8, 4), (255, 0, 0))
 
 
 def log_steps(folder: Path, names: list[str], start: int, *steps: int, loss: float = 1.5) -> None:
@@ -151,10 +154,68 @@ def test_trackio_continues_the_run_of_the_same_name(tmp_path: Path, monkeypatch:
         return run
 
     stub = ModuleType("trackio")
-    stub.__dict__["init"] = init
+    stub.__dict__.update(init=init, Image=object)
     monkeypatch.setitem(sys.modules, "trackio", stub)
     monkeypatch.setattr(trackers, "import_problem", lambda name: "")
     log_steps(tmp_path / "mine", ["trackio"], 0, 1)
     log_steps(tmp_path / "mine", ["trackio"], 1, 2)
     assert calls == [("mine", "never"), (1, 1.5), "finish", ("mine", "allow"), (2, 1.5), "finish"]
     assert [json.loads(line)["step"] for line in (tmp_path / "mine" / "metrics.jsonl").open()] == [1, 2]
+
+
+def log_picture(folder: Path, names: list[str]) -> None:
+    with MetricsLogger(folder, 4, names, images=True) as logger:
+        logger.start(0)
+        logger.log_image(1, PICTURE)
+        logger.log(1, VALUES)
+        logger.log(2, VALUES)
+
+
+def test_a_picture_is_a_file_and_in_tensorboard(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log_picture(tmp_path, ["tensorboard"])
+    with Image.open(tmp_path / "samples" / "step_1.png") as image:
+        assert np.array_equal(np.asarray(image), np.asarray(PICTURE))
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    (event,) = events.Images("samples")
+    assert (event.step, event.width, event.height) == (1, 8, 4)
+
+
+def test_a_picture_in_wandb_belongs_to_its_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    logged: list[tuple[int, list[str]]] = []
+    monkeypatch.setattr(
+        wandb.Run, "log", lambda self, values, step: logged.append((step, [type(v).__name__ for v in values.values()]))
+    )
+    log_picture(tmp_path, ["wandb"])
+    assert logged[0] == (1, ["Image"]) and [step for step, _ in logged] == [1, 1, 2]
+
+
+def test_other_ranks_write_no_picture(tmp_path: Path) -> None:
+    logger = MetricsLogger(tmp_path, 4, rank=1, images=True)
+    logger.start(0)
+    logger.log_image(1, PICTURE)
+    assert not (tmp_path / "samples").exists()
+
+
+@patch.dict(TRACKERS)
+def test_a_tracker_without_pictures_is_an_error_at_the_start(tmp_path: Path) -> None:
+    TRACKERS["csv"] = lambda run_dir, start: SimpleNamespace(log=print, finish=print)
+    with pytest.raises(ValueError, match=r"train\.samples_every.* csv .*log_image"):
+        log_picture(tmp_path, ["csv"])
+
+
+def test_a_full_disk_does_not_end_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(metrics.atomic_io, "replace", full)
+    logger = MetricsLogger(tmp_path, 4, images=True)
+    logger.log_image(1, PICTURE)
+    assert "step_1.png" in caplog.text and "No space left" in caplog.text

@@ -74,6 +74,13 @@ def exact(metrics: list[dict[str, Any]]) -> list[dict[str, float]]:
     return [{name: line[name] for name in ("step", *EXACT)} for line in metrics]
 
 
+def test_a_run_ends_with_a_report(trained: Path) -> None:
+    assert f"report: {trained / 'report.html'}" in (trained / "output.txt").read_text().splitlines()
+    assert (trained / "report.html").stat().st_size > 1e6
+    steps = range(SAVE_EVERY, STEPS + 1, SAVE_EVERY)
+    assert {path.name for path in (trained / "samples").iterdir()} == {f"step_{step}.png" for step in steps}
+
+
 def test_a_run_logs_every_step_and_the_hinge_is_active(trained: Path) -> None:
     metrics = read_metrics(trained)
     assert [line["step"] for line in metrics] == list(range(1, STEPS + 1))

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+import shlex
 from pathlib import Path
 
 from w2r2_ds.commands.common import command_words, function_parser, parse
 from w2r2_ds.commands.errors import reports_errors
 from w2r2_ds.utils.logging import stdout_to_stderr
+
+logger = logging.getLogger(__name__)
 
 
 @reports_errors("report")
@@ -63,3 +67,22 @@ def run(runs: list[Path], results: list[Path], out: Path | None = None, samples:
     make_folder(file.parent)
     atomic_io.replace(file, page)
     return file
+
+
+def report_of_finished_run(folder: Path, write: bool) -> str:
+    """Path of a finished run's report, or the command that makes it. Never raises: the run has been trained.
+
+    Args:
+        folder: folder of the run.
+        write: write the report (`train.report`); if that fails, the reason is logged.
+    """
+    command = f"w2r2 report --run {shlex.quote(str(folder))}"
+    if not write:
+        return command
+    try:
+        return str(run([folder], []))
+    except ValueError as error:  # a missing package, or a file of the run
+        logger.error("the run is complete, but its report is not written: %s Make it with: %s", error, command)
+    except Exception:
+        logger.exception("the run is complete, but its report could not be written; make it with: %s", command)
+    return command

@@ -8,10 +8,12 @@ from __future__ import annotations
 import logging
 import sys
 import traceback
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from w2r2_ds.commands.common import add_plugin_option, command_words
 from w2r2_ds.commands.errors import report_error, reports_errors
+from w2r2_ds.commands.report import report_of_finished_run
 from w2r2_ds.config.io import parse_run, run_parser
 from w2r2_ds.config.schema import RunConfig
 from w2r2_ds.training.fault_tolerance.exit_codes import DONE, LOST, RetryableError
@@ -84,5 +86,9 @@ def run(config: RunConfig, ds_path: str, signals: StopSignals) -> int:
             logger.warning("stopped by a signal; --resume auto continues the run (exit code %d)", result.exit_code)
     # Without the barrier, a rank that ends while another one still writes would be reported as lost.
     dist.barrier()
+    rank = dist.get_rank()
     dist.destroy_process_group()
+    # After the last collective: the other ranks do not wait for the report.
+    if rank == 0 and result.exit_code == DONE:
+        print(f"report: {report_of_finished_run(Path(config.out), config.train.report)}", flush=True)
     return result.exit_code

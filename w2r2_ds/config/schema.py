@@ -283,6 +283,9 @@ class TrainConfig:
         eval_max_new_tokens: maximum number of generated tokens per answer in validation.
         best_by: metric whose highest value determines the best checkpoint, such as scan2cap/CIDEr@0.5; empty for the
             main metric of the first set's task.
+        samples_every: optimizer steps between pictures of a few validation samples with their true and predicted boxes,
+            samples/step_N.png in the run's folder and in the trackers; also after the last step. 0 draws none.
+        report: write report.html to the run's folder after the last step, as w2r2 report does.
         seed: seed of initialization, data order, dropout and validation samples.
         hang_seconds: time in seconds after which a rank without progress ends the job with a report of all ranks; must
             be longer than the longest pause of a healthy run.
@@ -307,6 +310,8 @@ class TrainConfig:
     eval_samples: PositiveInt = 64
     eval_max_new_tokens: PositiveInt = 128
     best_by: str = ""
+    samples_every: NonNegativeInt = 0
+    report: bool = False
     seed: NonNegativeInt = 0
     hang_seconds: PositiveFloat = 600.0
     trackers: list[str] = field(default_factory=list)

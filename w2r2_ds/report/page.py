@@ -22,6 +22,7 @@ from w2r2_ds.report.gallery import KINDS, Answered, answered_samples, boxes_of, 
 from w2r2_ds.report.pictures import Card, make_card
 from w2r2_ds.report.room import BOX_STYLES, room_figure
 from w2r2_ds.report.scores import GEOMETRY_NAMES, ScoreTable, diagnosis_tables, score_table
+from w2r2_ds.report.training_pictures import StepPicture, step_pictures
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +54,7 @@ class RunSection:
         diagnoses: tables of its diagnoses.
         cards: gallery, by task.
         rooms: 3D views.
+        steps: pictures of samples during training.
         problems: why there is no gallery, by group.
     """
 
@@ -61,6 +63,7 @@ class RunSection:
     diagnoses: Sequence[ScoreTable]
     cards: Mapping[str, Sequence[Card]]
     rooms: Sequence[Room]
+    steps: Sequence[StepPicture]
     problems: Sequence[str] = ()
 
 
@@ -160,6 +163,7 @@ def run_section(run: RunData, figures: Figures, samples: int, rooms: int) -> Run
         [table for diagnosis in run.diagnoses for table in diagnosis_tables(diagnosis)],
         cards,
         views,
+        step_pictures(run.folder),
         problems,
     )
 

@@ -73,6 +73,7 @@ class Run:
         groups: trained parameters by optimizer group.
         decode_gap: measures the decode gap; None if `objective.decode_gap_every` is 0.
         validator: runs the validation and keeps track of the best step; None if `train.eval_every` is 0.
+        drawn: draws validation samples; None if `train.samples_every` is 0.
         data_digests: digests of the training sets, for the checkpoint.
         token: ownership of the run, which allows this launch to write checkpoints.
         checkpoint: checkpoint that the run resumed from; None for a fresh run.
@@ -89,6 +90,7 @@ class Run:
     groups: dict[str, list[torch.nn.Parameter]]
     decode_gap: DecodeGap | None
     validator: BestSoFar | None
+    drawn: Validation | None
     data_digests: list[str]
     token: OwnershipToken
     checkpoint: Path | None
@@ -106,7 +108,8 @@ class Inputs:
         frontend: tokenizer, vision sizes and feature cache.
         samples: training mixture.
         device: device of this rank.
-        validation: answers and scores validation samples; None if `train.eval_every` is 0.
+        validation: answers, scores and draws validation samples; None if `train.eval_every` and `train.samples_every`
+            are 0.
         typical: typical depth and size of the targets; None unless `objective.shortcut_decode` is anchor.
     """
 
@@ -125,7 +128,7 @@ def build_run(config: RunConfig, ds_path: str, make_validation: MakeValidation) 
     Args:
         config: run configuration.
         ds_path: path of the DeepSpeed JSON.
-        make_validation: builds the validation, if `train.eval_every` is not 0.
+        make_validation: builds the validation, if `train.eval_every` or `train.samples_every` is not 0.
 
     Raises:
         ValueError: data, weights, configuration, DeepSpeed JSON or checkpoint do not fit; on all ranks.
@@ -161,7 +164,8 @@ def build_run(config: RunConfig, ds_path: str, make_validation: MakeValidation) 
         start_step=start_step,
         groups=trained_groups(model),
         decode_gap=make_decode_gap(config, inputs),
-        validator=None if inputs.validation is None else BestSoFar(inputs.validation, start_point.checkpoint),
+        validator=make_validator(config, inputs, start_point),
+        drawn=inputs.validation if config.train.samples_every else None,
         data_digests=data_digests,
         token=token,
         checkpoint=start_point.checkpoint,
@@ -179,7 +183,7 @@ def check_inputs(
         ds_path: path of the DeepSpeed JSON.
         start_point: checkpoint that the run starts from.
         local_size: ranks per machine, from `common_ranks_per_machine`.
-        make_validation: builds the validation, if `train.eval_every` is not 0.
+        make_validation: builds the validation, if `train.eval_every` or `train.samples_every` is not 0.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     check_trackers(config.train.trackers)
@@ -220,7 +224,8 @@ def check_inputs(
         if frontend.cache is not None:
             logger.info("%s", describe_cache(frontend.cache.store))
     device = torch.device(get_accelerator().current_device_name())
-    validation = make_validation(config, frontend, device) if config.train.eval_every else None
+    validated = config.train.eval_every or config.train.samples_every
+    validation = make_validation(config, frontend, device) if validated else None
     typical = typical_box(samples) if config.objective.shortcut_decode == "anchor" else None
     if typical is not None and rank == 0:
         logger.info("%s", typical.describe())
@@ -271,6 +276,13 @@ def make_loader(config: RunConfig, inputs: Inputs, start: int) -> ReraisingDataL
     geometry = inputs.frontend.geometry
     augmentation = make_augmentation(config.data.geometry_augmentation, geometry, config.train.seed)
     return train_loader(inputs.samples, inputs.frontend, config.data, sampler, decode, inputs.typical, augmentation)
+
+
+def make_validator(config: RunConfig, inputs: Inputs, start_point: StartPoint) -> BestSoFar | None:
+    """The validation with the best step so far; None if `train.eval_every` is 0."""
+    if inputs.validation is None or not config.train.eval_every:
+        return None
+    return BestSoFar(inputs.validation, start_point.checkpoint)
 
 
 def make_decode_gap(config: RunConfig, inputs: Inputs) -> DecodeGap | None:

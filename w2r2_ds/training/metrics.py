@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import math
@@ -13,6 +14,7 @@ from types import TracebackType
 from typing import BinaryIO
 
 import torch
+from PIL import Image
 
 from w2r2_ds.training.progress_line import ProgressLine
 from w2r2_ds.training.trackers import TRACKERS, Tracker, check_trackers
@@ -22,6 +24,8 @@ from w2r2_ds.utils.files.json_io import read_jsonl
 from w2r2_ds.utils.files.output_folder import make_folder
 
 METRICS_FILE = "metrics.jsonl"
+SAMPLES_FOLDER = "samples"
+"""Folder of the run with the pictures of `train.samples_every`."""
 PROCESS_STATUS = Path("/proc/self/status")
 BUFFER = 2**20
 """Bytes of lines that are kept in memory while the disk is full; enough for thousands of steps."""
@@ -39,18 +43,27 @@ class MetricsLogger:
         total_steps: optimizer steps of the whole run.
         trackers: names of experiment trackers, keys of `TRACKERS`.
         rank: rank of this process.
+        images: whether `log_image` will be called; trackers must then have this method.
 
     Raises:
         ValueError: a tracker is unknown or its package is not installed.
     """
 
-    def __init__(self, run_dir: str | Path, total_steps: int, trackers: Sequence[str] = (), rank: int = 0) -> None:
+    def __init__(
+        self,
+        run_dir: str | Path,
+        total_steps: int,
+        trackers: Sequence[str] = (),
+        rank: int = 0,
+        images: bool = False,
+    ) -> None:
         check_trackers(trackers)  # on every rank, so that all raise the same error
         self.run_dir = Path(run_dir)
         self.path = self.run_dir / METRICS_FILE
         self.total_steps = total_steps
         self.active = rank == 0
         self._tracker_names = trackers
+        self._images = images
         self._trackers: list[Tracker] = []
         self._last_step = 0
         self._file: BinaryIO | None = None
@@ -66,7 +79,7 @@ class MetricsLogger:
         run is dropped too. A fresh run (`step` 0) starts with an empty file.
 
         Raises:
-            ValueError: a line of the file has no step, or a tracker cannot be opened.
+            ValueError: a line of the file has no step, or a tracker cannot be opened or has no method for pictures.
         """
         assert self._file is None, "start is called once"
         self._last_step = step
@@ -76,6 +89,11 @@ class MetricsLogger:
                 self._drop_after(step)
                 for name in self._tracker_names:
                     self._trackers.append(TRACKERS[name](self.run_dir, step))
+                    if self._images and not hasattr(self._trackers[-1], "log_image"):
+                        raise ValueError(
+                            f"train.samples_every: the tracker {name} has no method log_image; add it "
+                            "(docs/guides/add-a-tracker.md), or set train.samples_every to 0."
+                        )
                 self._progress = ProgressLine(self.total_steps, step)
                 self._file = open(self.path, "ab", buffering=BUFFER)  # noqa: SIM115
 
@@ -103,6 +121,21 @@ class MetricsLogger:
             tracker.log(step, values)
         self._progress.update(step, values)
         self._last_step = step
+
+    def log_image(self, step: int, image: Image.Image) -> None:
+        """Write ``samples/step_N.png``, and log the picture to the trackers; before `log` of the same step."""
+        if not self.active:
+            return
+        file = self.run_dir / SAMPLES_FOLDER / f"step_{step}.png"
+        buffer = io.BytesIO()
+        image.save(buffer, "PNG")
+        try:
+            make_folder(file.parent)
+            atomic_io.replace(file, buffer.getvalue())
+        except OSError as error:  # a full disk must not end the run
+            logger.warning("%s cannot be written (%s).", file, error.strerror)
+        for tracker in self._trackers:
+            tracker.log_image(step, SAMPLES_FOLDER, image)
 
     def _write(self, line: str) -> None:
         """Append a line; on a full disk it stays in the file's buffer, and is written with a later line."""

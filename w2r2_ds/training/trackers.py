@@ -12,6 +12,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+from PIL import Image
+
 from w2r2_ds.utils.packages import import_problem
 from w2r2_ds.utils.registry import Registry
 
@@ -24,6 +27,10 @@ class Tracker(Protocol):
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Log the metrics of `step`; steps count from 1 and increase."""
+        ...
+
+    def log_image(self, step: int, name: str, image: Image.Image) -> None:
+        """Log a picture (`train.samples_every`), before the metrics of the same step."""
         ...
 
     def finish(self) -> None:
@@ -60,13 +67,23 @@ def check_trackers(names: Iterable[str]) -> None:
 
 
 class _WandbApi:
-    """Base class for wandb and trackio, whose runs have the same methods."""
+    """Base class for wandb and trackio, whose runs have the same methods.
+
+    Attributes:
+        run: the run.
+        image: class of pictures of the package.
+    """
 
     run: Any
+    image: Callable[[Image.Image], Any]
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Log to the run."""
         self.run.log(dict(metrics), step=step)
+
+    def log_image(self, step: int, name: str, image: Image.Image) -> None:
+        """Log to the run."""
+        self.run.log({name: self.image(image)}, step=step)
 
     def finish(self) -> None:
         """Upload the rest and close."""
@@ -84,6 +101,7 @@ class WandbTracker(_WandbApi):
     def __init__(self, run_dir: Path, start: int) -> None:
         import wandb
 
+        self.image = wandb.Image
         # disable_git: the URL of a git remote may contain a token, and the patch of uncommitted changes any secret.
         settings = {"silent": True, "disable_git": True}
         try:
@@ -111,6 +129,10 @@ class TensorBoardTracker:
         for name, value in metrics.items():
             self.writer.add_scalar(name, value, step)
 
+    def log_image(self, step: int, name: str, image: Image.Image) -> None:
+        """Write the picture."""
+        self.writer.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
+
     def finish(self) -> None:
         """Close the event file."""
         self.writer.close()
@@ -123,5 +145,6 @@ class TrackioTracker(_WandbApi):
     def __init__(self, run_dir: Path, start: int) -> None:
         import trackio
 
+        self.image = trackio.Image
         # resume="allow": a resumed run continues the run of the same name.
         self.run = trackio.init(project=PROJECT, name=run_dir.name, resume="allow" if start else "never")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ from w2r2_ds.training.validation import MakeValidation
 from w2r2_ds.types.batch import Batch
 from w2r2_ds.utils.rng import rng_state, set_rng_state
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class TrainResult:
@@ -51,7 +54,7 @@ def train(
     Args:
         config: run configuration.
         ds_path: path of the DeepSpeed JSON.
-        make_validation: builds the validation, if `train.eval_every` is not 0.
+        make_validation: builds the validation, if `train.eval_every` or `train.samples_every` is not 0.
         signals: an entered `StopSignals`; by default signals keep their usual effect.
 
     Raises:
@@ -79,7 +82,9 @@ def train_steps(run: Run, signals: StopSignals) -> TrainResult:
     config, activity = run.config, run.activity
     batches = iter(run.loader)
     hinge_monitor = HingeMonitor(run.start_step, config, run.engine.module.push_term)
-    with MetricsLogger(Path(config.out), config.train.steps, config.train.trackers, dist.get_rank()) as metrics_logger:
+    with MetricsLogger(
+        Path(config.out), config.train.steps, config.train.trackers, dist.get_rank(), config.train.samples_every > 0
+    ) as metrics_logger:
         checkpointer = Checkpointer(run, metrics_logger)
         metrics_logger.start(run.start_step)
         metrics: dict[str, float] = {}
@@ -105,6 +110,7 @@ def train_steps(run: Run, signals: StopSignals) -> TrainResult:
             hinge_monitor.update(metrics)
             measured, best = measure(run, step + 1)
             metrics |= measured
+            draw_samples(run, step + 1, metrics_logger)
             activity.set_phase("log")
             # Before the save, which syncs metrics.jsonl: every saved step has its line.
             metrics_logger.log(step + 1, metrics)
@@ -133,6 +139,21 @@ def measure(run: Run, done: int) -> tuple[dict[str, float], dict[str, Any] | Non
         scores, best = run.validator.measure(run.engine, done)
         metrics |= scores
     return metrics, best
+
+
+def draw_samples(run: Run, done: int, metrics_logger: MetricsLogger) -> None:
+    """Log a picture of a few validation samples, if it is due after `done` steps. Collective."""
+    if run.drawn is None or not due(done, run.config.train.samples_every, run.config):
+        return
+    run.activity.set_phase("sample pictures")
+    validated = run.validator is not None and due(done, run.config.train.eval_every, run.config)
+    try:
+        picture = run.drawn.draw(run.engine, f"step {done}", answered=validated)
+    except ValueError as error:  # raised after the collectives: a frame that has gone must not end the run
+        logger.warning("no picture of the samples after step %d: %s", done, error)
+        return
+    if picture is not None:
+        metrics_logger.log_image(done, picture)
 
 
 def due(done: int, every: int, config: RunConfig) -> bool:

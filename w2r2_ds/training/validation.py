@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+from PIL import Image
 
 from w2r2_ds.config.schema import RunConfig
 from w2r2_ds.models.build import VlmFrontend
@@ -29,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 
 class Validation(Protocol):
-    """Generates answers to a fixed set of validation samples and scores them.
+    """Generates answers to a fixed set of validation samples, and scores or draws them.
 
     Attributes:
         best_by: name of the metric that decides which checkpoint is best; higher is better.
@@ -42,6 +43,16 @@ class Validation(Protocol):
 
     def measure(self, engine: DeepSpeedEngine) -> dict[str, float]:
         """Scores by metric, the same on every rank. Collective; random state and training mode are restored."""
+        ...
+
+    def draw(self, engine: DeepSpeedEngine, title: str, answered: bool) -> Image.Image | None:
+        """Picture of a few samples with their answers, on rank 0; None on the others. Collective, as `measure`.
+
+        Args:
+            engine: the engine.
+            title: first line of the picture.
+            answered: `measure` was called with the same weights, and its answers are drawn.
+        """
         ...
 
 

@@ -62,7 +62,14 @@ def test_resuming_may_change_logging_saving_and_paths(trained: Path) -> None:
     )
     moved = replace(config.model, geometry=replace(config.model.geometry, path="/moved/vggt"))
     check_same_run(saved, replace(config, model=moved))
-    validated = {"eval_every": 7, "eval_samples": 3, "eval_max_new_tokens": 9, "best_by": "scanrefer/mean_iou"}
+    validated: dict[str, Any] = {
+        "samples_every": 5,
+        "report": True,
+        "eval_every": 7,
+        "eval_samples": 3,
+        "eval_max_new_tokens": 9,
+        "best_by": "scanrefer/mean_iou",
+    }
     check_same_run(saved, replace(config, train=replace(config.train, **validated)))
 
 

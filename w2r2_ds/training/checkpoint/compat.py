@@ -19,7 +19,7 @@ MAY_CHANGE = {
     "objective": {"decode_gap_every", "decode_gap_samples"},
     "train": {"micro_batch", "save_every", "keep_last", "trackers", "hang_seconds", "pass_order", "shard_vision_tower"}
     | {"activation_checkpointing", "recompute_every", "offload_activations"}
-    | {"eval_every", "eval_samples", "eval_max_new_tokens", "best_by"},
+    | {"eval_every", "eval_samples", "eval_max_new_tokens", "best_by", "samples_every", "report"},
 }
 """Options that a resumed run may change, by section: paths, logging, and options that change losses by rounding only.
 
