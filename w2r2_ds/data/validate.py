@@ -8,6 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
+from w2r2_ds.config.schema import GeometryAugmentationConfig
+from w2r2_ds.data.frames.geometry_augmentation import with_longest_numbers
 from w2r2_ds.data.images import THREADS, check_frame, frame_size
 from w2r2_ds.data.processor import Processor, SequenceTooLong
 from w2r2_ds.data.sources.depth_frames import check_depth_frame
@@ -96,7 +98,12 @@ def describe_frames(samples: Sequence[Sample], processor: Processor) -> str:
 
 
 def check_sample_texts(
-    samples: Sequence[Sample], processor: Processor, rank: int = 0, world_size: int = 1, with_answer: bool = True
+    samples: Sequence[Sample],
+    processor: Processor,
+    rank: int = 0,
+    world_size: int = 1,
+    with_answer: bool = True,
+    augmentation: GeometryAugmentationConfig | None = None,
 ) -> int:
     """Check texts and sequence lengths of the samples without decoding frames; every rank checks a part of them.
 
@@ -106,6 +113,7 @@ def check_sample_texts(
         rank: rank of this process; it checks a contiguous part.
         world_size: number of ranks.
         with_answer: True for prompt and answer (training), False for the prompt only (generation).
+        augmentation: random changes of the texts' numbers; the longest numbers count. None for no changes.
 
     Returns:
         The number of samples that this rank checked.
@@ -122,7 +130,8 @@ def check_sample_texts(
     failures: list[tuple[str, ValueError]] = []
     for sample in own:
         try:
-            processor.check(sample, [sizes[path] for path in sample.frames], with_answer)
+            longest = sample if augmentation is None else with_longest_numbers(sample, augmentation)
+            processor.check(longest, [sizes[path] for path in sample.frames], with_answer)
         except ValueError as error:
             failures.append((sample.id, error))
     if failures:

@@ -215,8 +215,8 @@ def check_inputs(
     # Each rank checks a part of the samples; an error of one rank is raised on all (`raise_on_all_ranks`).
     check_frames(samples, rank, world_size)
     check_depth(samples, config.model.geometry.name, frontend.geometry, rank, world_size)
-    check_sample_texts(samples, processor, rank, world_size)
     check_augmentation(config.data.geometry_augmentation, frontend.geometry, samples)
+    check_sample_texts(samples, processor, rank, world_size, augmentation=config.data.geometry_augmentation)
     if rank == 0:
         logger.info("%s", describe_frames(samples, processor))
         for note in preparation_notes(samples, config.data.root):

@@ -13,7 +13,12 @@ import torch
 from w2r2_ds.boxes3d.transforms import world_to_camera
 from w2r2_ds.config.io import load_config
 from w2r2_ds.config.schema import GeometryAugmentationConfig, GeometryConfig
-from w2r2_ds.data.frames.geometry_augmentation import AugmentedDataset, GeometryAugmentation, check_augmentation
+from w2r2_ds.data.frames.geometry_augmentation import (
+    AugmentedDataset,
+    GeometryAugmentation,
+    check_augmentation,
+    with_longest_numbers,
+)
 from w2r2_ds.data.loader import make_processor, train_loader
 from w2r2_ds.data.mixture import Mixture
 from w2r2_ds.data.packing import groups_by_frames
@@ -25,6 +30,7 @@ from w2r2_ds.data.tasks.detection import answer_text as objects_text
 from w2r2_ds.data.tasks.parsing import parse_objects
 from w2r2_ds.data.tasks.scan2cap import question_text
 from w2r2_ds.data.tasks.scanrefer import world_answer_text
+from w2r2_ds.data.validate import check_sample_texts
 from w2r2_ds.demo.synthetic.write import Written
 from w2r2_ds.models.geometry.encoder import geometry_spec
 from w2r2_ds.models.geometry.point_transforms import world_change
@@ -133,6 +139,41 @@ def test_detections_and_questions(samples: list[Any]) -> None:
     found = TASKS["scanqa"].change_world(question, CHANGE)
     assert (found.question, found.answer) == (question.question, "red")
     np.testing.assert_array_equal(found.cam_to_world[1], CHANGE.moved_pose(question.cam_to_world[1]))
+
+
+@pytest.mark.parametrize("config", [ALL, replace(ALL, scale=[0.3, 0.5], shift=[0.0, 0.0, 0.0], turn="none")])
+def test_no_change_has_longer_texts_than_those_checked_at_start(
+    samples: list[Any], world_samples: list[Any], config: GeometryAugmentationConfig
+) -> None:
+    described = np.array([7.0, -7.1, 0.5, 0.4, 0.6, 1.0])
+    target = replace(samples[0].target, described=described)
+    caption = replace(samples[0], task="scan2cap", kind="caption", answer="A chair.", target=target)
+    caption = replace(caption, question=question_text(np.concatenate([described, np.zeros(3)])))
+    objects = (LabeledBox("chair", np.array([0.5, 1, 9.6, 0.4, 0.5, 0.6, 0.1, 0.2, 0.3])),)
+    detected = replace(samples[0], task="detection", kind="answer", target=None, objects=objects)
+    detected = replace(detected, answer=objects_text(objects))
+    augmentation, longer = GeometryAugmentation(config, "world", seed=3), 0
+    for sample in (samples[0], world_samples[0], caption, detected):
+        longest = with_longest_numbers(sample, config)
+        for number in range(50):
+            change = augmentation.draw(sample, number)
+            assert change is not None
+            for text in (sample, TASKS[sample.task].change_world(sample, change)):
+                assert len(text.question) <= len(longest.question) and len(text.answer) <= len(longest.answer)
+                longer += len(text.question + text.answer) > len(sample.question + sample.answer)
+    assert longer or config is not ALL
+    assert with_longest_numbers(samples[0], GeometryAugmentationConfig()) is samples[0]
+
+
+def test_a_text_that_only_fits_without_changes_raises_at_start(
+    world_samples: list[Any], points_frontend: Any, data_config: Any
+) -> None:
+    sample = world_samples[0]
+    length = len(make_processor(points_frontend, data_config())(sample, True).input_ids)
+    processor = make_processor(points_frontend, data_config(max_length=length))
+    assert check_sample_texts([sample], processor) == 1
+    with pytest.raises(ValueError, match=rf"{sample.id}.*data\.max_length = {length}"):
+        check_sample_texts([sample], processor, augmentation=ALL)
 
 
 def test_draws_do_not_depend_on_workers_micro_batches_or_the_first_step(

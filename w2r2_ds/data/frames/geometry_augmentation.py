@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import re
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -29,6 +30,7 @@ from w2r2_ds.types.sample import Sample
 from w2r2_ds.utils.plugins import ImportsPlugins
 
 OPTION = "data.geometry_augmentation"
+_DECIMAL = re.compile(r"-?\d+\.\d+")
 
 
 class GeometryAugmentation:
@@ -138,6 +140,30 @@ def make_augmentation(
         return None
     assert geometry.point_maps is not None, "checked at start"
     return GeometryAugmentation(config, geometry.point_maps.reference_frame, seed)
+
+
+def with_longest_numbers(sample: Sample, config: GeometryAugmentationConfig) -> Sample:
+    """The sample with numbers that are at least as long as those of any change, to check its length at start.
+
+    A changed coordinate may have a sign or a further digit: 9.50 becomes -13.30. All decimal numbers of the question
+    and the answer count, also those that do not change.
+    """
+    if not config.enabled:
+        return sample
+    question, answer = (_longest_numbers(text, config, sample.decimals) for text in (sample.question, sample.answer))
+    return dataclasses.replace(sample, question=question, answer=answer)
+
+
+def _longest_numbers(text: str, config: GeometryAugmentationConfig, decimals: int) -> str:
+    numbers = _DECIMAL.findall(text)
+    if not numbers:
+        return text
+    # A turn about the vertical makes a coordinate at most sqrt(2) times the largest one; a text may also stay.
+    largest = max(abs(float(number)) for number in numbers)
+    limit = max(1.0, 2**0.5 * config.scale[1]) * largest + max(config.shift)
+    # Trailing zeros are not written, so a text may have fewer decimals than a changed one.
+    decimals = max(decimals, *(len(number.partition(".")[2]) for number in numbers))
+    return _DECIMAL.sub(f"-{limit:.{decimals}f}", text)
 
 
 def check_augmentation(config: GeometryAugmentationConfig, geometry: GeometrySpec, samples: Mixture) -> None:
