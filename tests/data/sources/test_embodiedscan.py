@@ -74,10 +74,10 @@ def test_visible_ids_are_indices_into_the_list(tmp_path: Path) -> None:
         read_infos(path)
 
 
-def test_frames_with_lost_tracking_are_skipped_and_counted(tmp_path: Path) -> None:
+def test_frames_with_lost_tracking_are_skipped(tmp_path: Path) -> None:
     lost = np.full((4, 4), -np.inf)
     info = read_infos(written(tmp_path, content(scene(images=[image(0), image(10, lost), image(20)]))))["scene0000_00"]
-    assert (sorted(info.poses), sorted(info.visible), info.frames_without_pose) == ([0, 20], [0, 20], 1)
+    assert (sorted(info.poses), sorted(info.visible)) == ([0, 20], [0, 20])
     with pytest.raises(ValueError, match="scannet/scene0000_00: images"):
         read_infos(written(tmp_path, content(scene(images=[image(0, lost)]))))
 

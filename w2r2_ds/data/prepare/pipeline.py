@@ -31,6 +31,7 @@ from w2r2_ds.data.prepare.manifest import (
 from w2r2_ds.data.prepare.plan import Plan, make_plan, recorded_options
 from w2r2_ds.data.prepare.unseen import Unseen, check_unseen, count_unseen
 from w2r2_ds.data.prepared_set import MANIFEST, read_manifest, write_samples
+from w2r2_ds.data.sources.frames import LOST_POSE
 from w2r2_ds.data.sources.scannet import load_scene
 from w2r2_ds.data.tasks.base import (
     BROKEN_BOX,
@@ -82,12 +83,10 @@ class PreparedScene(NamedTuple):
 
     Attributes:
         items: samples and skipped items.
-        frames_without_pose: number of frames without a valid pose.
         skipped_inputs: broken boxes and lost frames that were skipped.
     """
 
     items: PreparedItems
-    frames_without_pose: int
     skipped_inputs: tuple[Finding, ...]
 
 
@@ -213,7 +212,6 @@ def _write_scene(
         "key": key,
         "skipped": skipped,
         "unseen": asdict(count_unseen(prepared.items, options)),
-        "frames_without_pose": prepared.frames_without_pose,
         "skipped_inputs": [asdict(finding) for finding in prepared.skipped_inputs],
     }
     scene, empty = (out / f"{job.scene_id}{suffix}" for suffix in (".parquet", EMPTY))
@@ -291,7 +289,7 @@ def prepare_scene(root: Path, options: TaskOptions, job: Job, skip_without_box: 
             (number, replace(item, **fields) if isinstance(item, Sample) else item)
             for number, item in task.make_samples(scene, job, options)
         ]
-    return PreparedScene(prepared, scene.frames_without_pose, skipped_inputs)
+    return PreparedScene(prepared, skipped_inputs)
 
 
 def _scenes_to_skip(plan: Plan, failures: Sequence[SceneFailure], skip: bool) -> list[SceneFailure]:
@@ -337,12 +335,13 @@ def _finish(plan: Plan, out: Path, identity: Mapping[str, Any], broken: Sequence
         path.unlink()
     lines = [json.dumps({name: value for name, value in item.items() if name != "number"}) + "\n" for item in skipped]
     atomic_io.replace(out / SKIPPED_FILE, "".join(lines))
-    without_pose = sum(record["frames_without_pose"] for record in records.values())
+    findings = [Finding(**each) for record in records.values() for each in record["skipped_inputs"]]
+    without_pose = sum(finding.count for finding in findings if finding.kind == LOST_POSE)
     manifest = {
         **identity,
         "counts": make_counts(plan, samples, len(records), without_pose, unseen),
         "skipped": dict(sorted(reasons.items())),
-        "skipped_inputs": by_kind(Finding(**each) for record in records.values() for each in record["skipped_inputs"]),
+        "skipped_inputs": by_kind(findings),
         "files": {path.name: file_sha256(path) for path in [*files, out / SKIPPED_FILE]},
     }
     atomic_io.replace(out / MANIFEST, json.dumps(manifest, indent=1) + "\n")  # last: it marks the folder as complete

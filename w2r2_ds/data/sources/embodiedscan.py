@@ -66,7 +66,6 @@ class ScanInfo:
         visible: frame number (in the image's file name) -> ``InfoInstance.index`` of the visible objects.
         poses: frame number -> ``[4, 4]`` float64, OpenCV camera to *raw* world, metres.
         instances: ``InfoInstance.index`` -> object of the scene, in the file's order.
-        frames_without_pose: number of frames that were skipped because their pose is not finite.
         broken_instances: one message for each instance that was skipped.
     """
 
@@ -75,7 +74,6 @@ class ScanInfo:
     visible: dict[int, frozenset[int]]
     poses: dict[int, np.ndarray]
     instances: dict[int, InfoInstance]
-    frames_without_pose: int = 0
     broken_instances: tuple[str, ...] = ()
 
 
@@ -267,6 +265,5 @@ def _scan_info(scene_id: str, scene: _Scene, categories: dict[int, str], locatio
         visible={image.frame: frozenset(image.visible_instance_ids) for image in tracked},
         poses={image.frame: image.cam2global for image in tracked},
         instances=instances,
-        frames_without_pose=len(scene.images) - len(tracked),
         broken_instances=tuple(broken),
     )

@@ -65,14 +65,12 @@ class Frames:
     Attributes:
         frames: usable frames, by ascending frame number.
         lost: frames that were skipped.
-        without_pose: number of frames whose pose has nan or inf.
         color_size: a colour image, and the width and height of all colour images; None if they were not compared.
         depth_size: the same of the depth images.
     """
 
     frames: tuple[Frame, ...]
     lost: tuple[Finding, ...]
-    without_pose: int
     color_size: tuple[Path, tuple[int, int]] | None
     depth_size: tuple[Path, tuple[int, int]] | None
 
@@ -109,7 +107,6 @@ def read_frames(folder: Path, parts: SceneParts) -> Frames:
     return Frames(
         frames=tuple(frames),
         lost=tuple(lost),
-        without_pose=sum(finding.kind == LOST_POSE for finding in lost),
         color_size=_one_size([each.color for each in sizes]) if SceneParts.INTRINSICS in parts else None,
         depth_size=_one_size([each.depth for each in sizes]) if SceneParts.DEPTH in parts else None,
     )

@@ -27,7 +27,7 @@ import numpy as np
 
 from w2r2_ds.data.sources.cameras import check_principal_point, read_alignment, read_intrinsic
 from w2r2_ds.data.sources.frame_files import DEPTH_INTRINSIC_FILES, INTRINSIC_FILES, intrinsic_file
-from w2r2_ds.data.sources.frames import NOT_READ, Frame, SceneParts, read_frames
+from w2r2_ds.data.sources.frames import LOST_POSE, NOT_READ, Frame, SceneParts, read_frames
 from w2r2_ds.utils.findings import Finding
 
 _T = TypeVar("_T")
@@ -65,7 +65,6 @@ class Scene:
         depth_intrinsic: ``[4, 4]`` float64 pinhole matrix of the depth images, pixels.
         axis_align: ``[4, 4]`` float64, raw world to axis-aligned world.
         instances: object id -> instance.
-        frames_without_pose: number of frames that were skipped because their pose is not finite.
         broken_boxes: object id -> what is wrong with its box, for objects that are no instance for that reason.
         skipped_inputs: lost frames and broken boxes, which were skipped.
     """
@@ -76,9 +75,13 @@ class Scene:
     depth_intrinsic: np.ndarray
     axis_align: np.ndarray
     instances: dict[int, Instance]
-    frames_without_pose: int
     broken_boxes: dict[int, str] = field(default_factory=dict)
     skipped_inputs: tuple[Finding, ...] = ()
+
+    @property
+    def frames_without_pose(self) -> int:
+        """Number of frames that were skipped because their pose is not finite."""
+        return sum(finding.count for finding in self.skipped_inputs if finding.kind == LOST_POSE)
 
 
 def is_scene_id(name: str) -> bool:
@@ -152,7 +155,6 @@ def load_scene(root: Path | str, scene_id: str, parts: SceneParts = ALL_PARTS) -
         depth_intrinsic=matrices[SceneParts.DEPTH],
         axis_align=axis_align,
         instances=boxes,
-        frames_without_pose=frames.without_pose,
         broken_boxes=broken,
         skipped_inputs=(*frames.lost, *findings),
     )
