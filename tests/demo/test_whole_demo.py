@@ -15,6 +15,7 @@ from w2r2_ds.demo.results_table import METRICS
 
 
 @pytest.mark.nightly
+@pytest.mark.timeout(3600)
 def test_the_pair_grounds_with_geometry_and_does_not_without(tmp_path: Path) -> None:
     for name in ("launchers", "ds_configs"):  # the demo writes to runs/ in the working directory
         (tmp_path / name).symlink_to(ROOT / name)
