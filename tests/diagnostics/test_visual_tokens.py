@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 
 from w2r2_ds.diagnostics import visual_tokens
+from w2r2_ds.diagnostics.attention import anchors
 from w2r2_ds.diagnostics.feature_map import FeatureMapOptions
 from w2r2_ds.diagnostics.visual_tokens import VisualOptions, diagnose_visual_tokens
 
@@ -23,6 +27,7 @@ def test_parts_of_a_run(trained: Path, tmp_path: Path) -> None:
     for part in visual_tokens.PARTS:
         content = json.loads((tmp_path / f"{part}-scanrefer.json").read_text())
         assert content == json.loads(json.dumps(results[part])) and content["checkpoint"] == str(trained)
+    assert results["attention"]["finished"] is True
     passes = results["attention"]["passes"]
     records = passes["fused"]["records"]
     assert set(passes) == {"2d_only", "fused"} and passes["fused"]["summary"]["samples"] == len(records)
@@ -35,6 +40,24 @@ def test_parts_of_a_run(trained: Path, tmp_path: Path) -> None:
     layers = results["features"]["layers"]
     assert len(layers) == len(records[0]["target_mass"])
     assert 4 <= len(results["features"]["points"]["fused"]) == len(results["features"]["samples"]) <= 60
+
+
+def test_an_interrupted_run_keeps_its_results(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed in the second batch of the attention anchors: the feature map and the first batch are on disk."""
+    monkeypatch.setattr(anchors, "SAVE_EVERY", 1)
+    forward, batches = anchors._both_passes, itertools.count()
+
+    def interrupted(*arguments: Any) -> Any:
+        if next(batches) == 1:
+            raise KeyboardInterrupt
+        return forward(*arguments)
+
+    monkeypatch.setattr(anchors, "_both_passes", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        diagnose_visual_tokens(trained, tmp_path, replace(OPTIONS, batch_size=1))
+    assert json.loads((tmp_path / "features-scanrefer.json").read_text())["layers"]
+    attention = json.loads((tmp_path / "attention-scanrefer.json").read_text())
+    assert attention["finished"] is False and attention["passes"]["fused"]["summary"]["samples"] == 1
 
 
 def test_wrong_options_raise_before_the_model_is_loaded(trained: Path, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from w2r2_ds.evaluation.datasets import all_samples, describe_sets, find_sets
 from w2r2_ds.evaluation.loading import run_config, trained_model, with_cache
 from w2r2_ds.models.build import load_frontend
 from w2r2_ds.types.sample import Sample
+from w2r2_ds.utils.files import atomic_io
 from w2r2_ds.utils.files.output_folder import check_writable, make_folder
 from w2r2_ds.utils.packages import import_problem
 
@@ -62,7 +63,8 @@ def diagnose_visual_tokens(
 ) -> dict[str, Any]:
     """Feature map and attention anchors of a trained model on a validation set; a single process.
 
-    Writes ``features-TASK.json``, ``attention-TASK.json`` and ``attention-TASK/NUMBER.png`` to `out`.
+    Writes ``features-TASK.json``, ``attention-TASK.json`` and ``attention-TASK/NUMBER.png`` to `out`, as soon as there
+    are results; `finished` of ``attention-TASK.json`` is false until all samples are in it.
 
     Args:
         path: folder of a run, a checkpoint or an exported adapter.
@@ -101,27 +103,45 @@ def diagnose_visual_tokens(
     described = {"checkpoint": str(path), "task": sets[0].task, "data": describe_sets(sets)}
     make_folder(out)
     results: dict[str, Any] = {}
+
+    def save(part: str, content: dict[str, Any]) -> None:
+        """Write the file of a part as soon as there are results, so that an interrupted run keeps them."""
+        results[part] = described | content
+        text = json.dumps(results[part], indent=2, allow_nan=False)
+        atomic_io.replace(out / f"{part}-{sets[0].task}.json", text + "\n")
+
     if "features" in parts:
         found = feature_map(model, frontend, config.data, samples, options.features)
-        results["features"] = described | found.to_json()
+        save("features", found.to_json())
         for pair, each in found.clouds.items():
             logger.info("features %s: CKA %.3f, centroid distance %.3g", pair, each.cka, each.centroid_distance)
     if typical is not None:
         logger.info("%s", typical.describe())
         anchors = attention_anchors(
-            model, frontend, config.data, samples, typical, options.samples, options.seed, options.batch_size
+            model,
+            frontend,
+            config.data,
+            samples,
+            typical,
+            options.samples,
+            options.seed,
+            options.batch_size,
+            lambda partial: save("attention", partial.to_json() | {"finished": False, "pictures": {}}),
         )
-        for name, records in anchors.records.items():
-            mean = AnchorSummary.of(records)
-            values = 100 * mean.on_target, 100 * mean.target_area, mean.s, 100 * mean.acc25, mean.samples
-            message = "attention %s: anchor on the target %.1f %% (area %.1f %%), s %.3f, Acc@0.25 %.1f %%, %d samples"
-            logger.info(message, name, *values)
+        log_anchors(anchors)
         preprocessor = VisualPreprocessor(frontend.family, frontend.vision, frontend.geometry, config.data)
         pictures = save_pictures(out, sets[0].task, anchors, samples, preprocessor, options.pictures)
-        results["attention"] = described | anchors.to_json() | {"pictures": pictures}
-    for part, content in results.items():
-        (out / f"{part}-{sets[0].task}.json").write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+        save("attention", anchors.to_json() | {"finished": True, "pictures": pictures})
     return results
+
+
+def log_anchors(anchors: AttentionAnchors) -> None:
+    """Log the means of both passes."""
+    for name, records in anchors.records.items():
+        mean = AnchorSummary.of(records)
+        values = 100 * mean.on_target, 100 * mean.target_area, mean.s, 100 * mean.acc25, mean.samples
+        message = "attention %s: anchor on the target %.1f %% (area %.1f %%), s %.3f, Acc@0.25 %.1f %%, %d samples"
+        logger.info(message, name, *values)
 
 
 def save_pictures(

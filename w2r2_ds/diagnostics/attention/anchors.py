@@ -7,7 +7,7 @@ The definitions are in docs/concepts/attention-anchors.md; the anchor and its bo
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,6 +28,8 @@ from w2r2_ds.objective.anchor import anchor_similarity, find_anchors
 from w2r2_ds.types.batch import Batch
 from w2r2_ds.types.sample import Sample
 
+SAVE_EVERY = 20
+"""Batches after which the results so far are saved."""
 PASSES = ("2d_only", "fused")
 """Phi(F2D, 0) and Phi(F2D, F3D)."""
 
@@ -173,6 +175,7 @@ def attention_anchors(
     count: int = 200,
     seed: int = 0,
     batch_size: int = 1,
+    save: Callable[[AttentionAnchors], None] | None = None,
 ) -> AttentionAnchors:
     """Attention anchors of grounding samples of a data set, in both passes.
 
@@ -185,6 +188,7 @@ def attention_anchors(
         count: maximum number of samples, drawn from those with frames, an answer and a target.
         seed: seed of the draw.
         batch_size: samples per forward.
+        save: called with the results so far, after every ``SAVE_EVERY`` batches.
 
     Raises:
         ValueError: the VLM's family defines no attention weights, a scene has no intrinsics, or no grounding sample has
@@ -204,16 +208,18 @@ def attention_anchors(
     # One sequence per sample: its visual tokens are consecutive, in the order of `coverages`.
     alone = replace(config, questions_per_scene=1, packing=False)
     loader = labeled_loader([sample for sample, _ in shown], frontend, alone, batch_size, typical=typical)
-    records: dict[str, list[AnchorRecord]] = {name: [] for name in PASSES}
+    anchors = AttentionAnchors(typical, {name: [] for name in PASSES}, len(drawn) - len(shown))
     remaining = iter(shown)
-    for batch in loader:
+    for number, batch in enumerate(loader, start=1):
         own = [next(remaining) for _ in batch.ids]
         for name, found in _both_passes(model, batch.to(model.base.device)):
-            records[name] += [
+            anchors.records[name].extend(
                 _record(sample, coverage, preprocessor, *values)
                 for (sample, coverage), values in zip(own, found, strict=True)
-            ]
-    return AttentionAnchors(typical, records, len(drawn) - len(shown))
+            )
+        if save is not None and number % SAVE_EVERY == 0:
+            save(anchors)
+    return anchors
 
 
 def is_complete(sample: Sample) -> bool:
