@@ -39,12 +39,13 @@ def make_plan(
     return Plan(out, ["--config=recipe.yaml"], steps, arms, seeds, baseline or arms[0].name, **values)
 
 
-def write_checkpoint(run: Path, step: int = STEPS, data: str = "train") -> Path:
-    """Write a checkpoint without weights, trained on data with the digest `data`; returns its folder."""
+def write_checkpoint(run: Path, step: int = STEPS, data: str = "train", vlm: str = "vlm") -> Path:
+    """Write a checkpoint without weights, trained on data with the digest `data` from the VLM `vlm`; returns it."""
     folder = step_folder(run, step)
     folder.mkdir(parents=True)
     (folder / TENSORS).write_bytes(CONTENT)
-    write_manifest(folder, {"step": step, "data": [data]}, {TENSORS: atomic_io.digest(folder / TENSORS)})
+    manifest = {"step": step, "data": [data], "model": {"vlm_weights": vlm}}
+    write_manifest(folder, manifest, {TENSORS: atomic_io.digest(folder / TENSORS)})
     return folder
 
 

@@ -67,13 +67,13 @@ def run(options: argparse.Namespace, train_words: Sequence[str]) -> int:
 
 
 def prepare(plan: Plan, base: RunConfig, arms: Sequence[RunConfig]) -> dict[str, str]:
-    """Make the demo's data if the recipe is the demo, and check the sets; returns their digests.
+    """Make the demo's data if the recipe is the demo, and check the sets; returns digests of sets and weights.
 
     Raises:
         ValueError: a set is not prepared, or an evaluation has not exactly one task.
     """
     from w2r2_ds.demo.assets import prepare_demo
-    from w2r2_ds.diagnostics.ablation.identity import data_digests
+    from w2r2_ds.diagnostics.ablation.identity import data_digests, weights_digests
     from w2r2_ds.evaluation.datasets import find_sets
 
     if base.demo.enabled:
@@ -84,7 +84,7 @@ def prepare(plan: Plan, base: RunConfig, arms: Sequence[RunConfig]) -> dict[str,
             find_sets(base.data, chosen.get("task"), None if data is None else Path(data))
         except ValueError as error:
             raise ValueError(f"--evaluations: {name}: {error}") from None
-    return data_digests(arms, plan.evaluations)
+    return data_digests(arms, plan.evaluations) | weights_digests(arms)
 
 
 def print_commands(plan: Plan, options: argparse.Namespace) -> int:

@@ -117,6 +117,21 @@ def test_arms_may_have_training_sets_of_their_own(tmp_path: Path) -> None:
     assert [list(seeds) for seeds in read_results(plan).values()] == [[0], [0]]
 
 
+def test_runs_from_replaced_weights_are_not_compared(plan: Plan) -> None:
+    last = make_plan(plan.out, [{"objective.lambda_det": [0, 1, 2]}], [0, 1, 2]).runs[2]
+    write_checkpoint(last.folder, vlm="trained again")
+    with pytest.raises(ValueError, match=rf"{last.folder}.*{plan.runs[0].folder}.*vlm_weights"):
+        read_results(plan)
+
+
+def test_arms_may_have_models_of_their_own(tmp_path: Path) -> None:
+    plan = make_plan(tmp_path, [{"model.vlm": ["a", "b"], "objective.mu": [0.1, 0.2]}])
+    for run in plan.runs:
+        write_checkpoint(run.folder, vlm=run.arm.options["model.vlm"])
+        write_scores(evaluation_folder(run, "fused"), HITS[BASE][0])
+    assert [list(seeds) for seeds in read_results(plan).values()] == [[0]] * 4
+
+
 def test_arms_are_compared_with_the_baseline(plan: Plan) -> None:
     rows = compare(read_results(plan), BASE)
     base, better = (next(row for row in rows if (row.arm, row.metric) == (arm, METRIC)) for arm in (BASE, BETTER))

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from ablation_runs import FUSED
 from fork_server import ROOT
 from w2r2_ds.config.io import DEMO_RECIPE, load_config
 from w2r2_ds.data.prepared_set import VERSION
-from w2r2_ds.diagnostics.ablation.identity import check_identity, data_digests, shared_values
+from w2r2_ds.diagnostics.ablation.identity import check_identity, data_digests, shared_values, weights_digests
 
 DIGESTS = {"data/train": "a", "data/val": "b"}
 
@@ -65,6 +67,24 @@ def test_digests_of_all_sets_of_all_arms_and_evaluations(tmp_path: Path) -> None
     (tmp_path / "camera" / "manifest.json").unlink()
     with pytest.raises(ValueError, match="camera"):
         data_digests(arms, evaluations)
+
+
+def test_digests_of_the_weights_of_all_arms(tmp_path: Path) -> None:
+    merger = tmp_path / "merger.safetensors"
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        save_file({"weight": torch.ones(2)}, tmp_path / name / "model.safetensors")
+    merger.write_bytes(b"first")
+    words = ["--demo.enabled", "false", "--model.merger", str(merger)]
+    arms = [
+        load_config(DEMO_RECIPE, [*words, "--model.vlm", vlm]) for vlm in (*map(str, tmp_path.glob("[ab]")), "hub/id")
+    ]
+    digests = weights_digests(arms)
+    assert set(digests) == {str(tmp_path / "a"), str(tmp_path / "b"), str(merger)}
+    merger.write_bytes(b"second")
+    save_file({"weight": torch.zeros(2)}, tmp_path / "b" / "model.safetensors")
+    again = weights_digests(arms)
+    assert {name for name in digests if digests[name] != again[name]} == {str(tmp_path / "b"), str(merger)}
 
 
 def test_options_of_single_runs_are_not_shared() -> None:

@@ -1,4 +1,4 @@
-"""What all runs of an ablation share: options, evaluations and prepared data. OUT/ablation.json has it.
+"""What all runs of an ablation share: options, evaluations, prepared data and first weights. OUT/ablation.json has it.
 
 A later command with another value is an error, because its runs would not be comparable with those that exist. Arms,
 seeds and evaluations may be added.
@@ -14,9 +14,10 @@ from typing import Any
 
 from w2r2_ds.config.schema import RunConfig
 from w2r2_ds.data.prepared_set import MANIFEST, read_manifest
+from w2r2_ds.models.weights.weights_hash import weights_identity
 from w2r2_ds.training.deepspeed.config import load_ds_config
 from w2r2_ds.utils.files import atomic_io
-from w2r2_ds.utils.files.hashing import json_sha256
+from w2r2_ds.utils.files.hashing import file_sha256, json_sha256
 from w2r2_ds.utils.files.json_io import read_json_object
 from w2r2_ds.utils.files.output_folder import make_folder
 
@@ -53,6 +54,26 @@ def data_digests(configs: Iterable[RunConfig], evaluations: Mapping[str, Mapping
     return {name: json_sha256(read_manifest(folder)) for name, folder in folders.items()}
 
 
+def weights_digests(configs: Iterable[RunConfig]) -> dict[str, str]:
+    """Folder of a VLM or file of a geometry merger, from which a run is trained -> hash of its weights.
+
+    Only those on this machine: a hub id names the same weights in every run.
+
+    Args:
+        configs: configurations of all arms.
+
+    Raises:
+        ValueError: a folder has no weights, or they cannot be read.
+    """
+    found: dict[str, str] = {}
+    for model in (config.model for config in configs):
+        if Path(model.vlm).is_dir() and model.vlm not in found:
+            found[model.vlm] = weights_identity(model.vlm)
+        if Path(model.merger).is_file() and model.merger not in found:
+            found[model.merger] = file_sha256(Path(model.merger))
+    return found
+
+
 def check_identity(
     out: Path, shared: Mapping[str, Any], evaluations: Mapping[str, Mapping[str, Any]], data: Mapping[str, str]
 ) -> None:
@@ -62,7 +83,7 @@ def check_identity(
         out: folder of the ablation.
         shared: result of `shared_values`.
         evaluations: name -> options; others than those of an earlier command may be added.
-        data: result of `data_digests`; other sets may be added.
+        data: results of `data_digests` and `weights_digests`; other sets and weights may be added.
 
     Raises:
         ValueError: a value differs, so that the runs would not be comparable; the message names it.
@@ -88,8 +109,9 @@ def check_identity(
         for folder, digest in wanted["data"].items():
             if found["data"].get(folder, digest) != digest:
                 raise ValueError(
-                    f"{folder} was prepared again with other samples or options since the first run, so the runs would "
-                    "not be comparable; prepare it as before, or pass another --out."
+                    f"{folder} has another content than at the first run (a set that was prepared again with other "
+                    "samples or options, or replaced weights), so the runs would not be comparable; restore it or pass "
+                    "another --out."
                 )
         for key in ("evaluations", "data"):
             wanted[key] = found[key] | wanted[key]

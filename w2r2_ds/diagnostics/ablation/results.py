@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from w2r2_ds.diagnostics.ablation.plan import Plan, read_score_file
+from w2r2_ds.diagnostics.ablation.plan import Plan, Run, read_score_file
 from w2r2_ds.evaluation.protocols.registry import find_protocol
 from w2r2_ds.evaluation.scoring import headline, score_records
 from w2r2_ds.training.checkpoint.manifest import newest, read_manifest
@@ -62,7 +62,8 @@ def read_results(plan: Plan, metrics: tuple[str, ...] = ()) -> dict[str, dict[in
         metrics: parts of metric names; only metrics that contain one of them are read. Empty for all.
 
     Raises:
-        ValueError: a score file cannot be read, no metric has one of the parts, or two runs have other data.
+        ValueError: a score file cannot be read, no metric has one of the parts, or two runs have other data
+            or were trained from other weights.
     """
     results: dict[str, dict[int, RunScores]] = {arm.name: {} for arm in plan.arms}
     found: set[str] = set()
@@ -73,7 +74,9 @@ def read_results(plan: Plan, metrics: tuple[str, ...] = ()) -> dict[str, dict[in
             continue
         # Arms may differ in their training sets; runs with the same ones must have read the same samples.
         training = f"training on {run.arm.options.get('data.train', 'data.train')}"
-        _check_same_data(first, training, checkpoint, read_manifest(checkpoint)["data"])
+        manifest = read_manifest(checkpoint)
+        _check_same_data(first, training, checkpoint, manifest["data"])
+        _check_same_models(first, run, checkpoint, manifest["model"])
         scores: RunScores = {}
         for name in plan.evaluations:
             if (evaluated := read_score_file(run, name)) is not None:
@@ -97,6 +100,27 @@ def _check_same_data(first: dict[str, tuple[Path, Any]], use: str, file: Path, d
         raise ValueError(
             f"{file} and {other} have other data ({use}), because a set was prepared again, so the runs are not "
             "comparable; remove the folders of the older runs, and run them again."
+        )
+
+
+def _check_same_models(
+    first: dict[str, tuple[Path, Any]], run: Run, checkpoint: Path, fingerprint: Mapping[str, Any]
+) -> None:
+    """Raise ValueError if runs with the same options of the model were trained from other weights of VLM or encoder.
+
+    Args:
+        first: use -> first checkpoint with it and its fingerprint; extended here.
+        run: the run.
+        checkpoint: its newest checkpoint.
+        fingerprint: `models.build.fingerprint` of the checkpoint.
+    """
+    options = {name: value for name, value in run.arm.options.items() if name.startswith("model.")}
+    other, expected = first.setdefault(f"model {options}", (checkpoint, fingerprint))
+    if different := [name for name in fingerprint | expected if fingerprint.get(name) != expected.get(name)]:
+        raise ValueError(
+            f"{checkpoint} and {other} have other models ({', '.join(different)}), because the weights of model.vlm or "
+            "model.geometry were replaced between the runs, so the runs are not comparable; remove the folders of the "
+            "older runs, and run them again."
         )
 
 
