@@ -57,3 +57,9 @@ def test_parts_are_off_by_default_and_need_a_model(calls: list[tuple[str, Any]],
     assert [kind for kind, _ in calls] == ["table"]
     with pytest.raises(ValueError, match=r"--features and --attention need a model.*--checkpoint"):
         diagnose.run(predictions=["a=b.jsonl"], out=tmp_path, attention=True)
+
+
+def test_paired_rooms_need_a_model(calls: list[tuple[str, Any]], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"--paired needs a model.*--checkpoint"):
+        diagnose.run(predictions=["a=b.jsonl"], out=tmp_path, paired=[Path("val_camera")])
+    assert not calls

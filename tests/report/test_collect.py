@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from diagnosis_files import write_diagnoses
 from report_runs import SET
 from w2r2_ds.evaluation.predictions.rescore import score_file
-from w2r2_ds.report.collect import group_evaluations, read_run, run_names
+from w2r2_ds.report.collect import group_evaluations, read_run, run_names, title_of
+from w2r2_ds.report.diagnosis.cues import cue_parts
 
 
 def test_a_run(finished_run: Path, report_root: Path) -> None:
@@ -32,6 +34,17 @@ def test_results_of_another_folder(finished_run: Path, tmp_path: Path) -> None:
     run = read_run(finished_run, "margin", [tmp_path])
     (group,) = run.groups
     assert group.by_geometry["zero"].file.parent == tmp_path / "a" / "b" and len(run.diagnoses) == 1
+
+
+def test_diagnoses_of_two_checkpoints_are_told_apart(finished_run: Path, tmp_path: Path) -> None:
+    for name, data in (("evaluation", "val"), ("step_20", "val"), ("camera", "val_camera")):
+        write_diagnoses(tmp_path / name, data=data)
+    run = read_run(finished_run, "margin", [tmp_path])
+    names = [f"val ({tmp_path.name}/{name})" for name in ("evaluation", "step_20")]
+    assert [title_of(each) for each in run.diagnoses] == [f"scanrefer: {name}" for name in ("val_camera", *names)]
+    assert [title_of(each) for _, each in run.features] == [title_of(each) for each in run.diagnoses]
+    (table,) = cue_parts(run.diagnoses)[0].tables
+    assert [name for name, _ in table.rows] == ["val_camera", *names]
 
 
 def test_the_newer_of_two_evaluations_is_kept(finished_run: Path, tmp_path: Path) -> None:

@@ -104,6 +104,8 @@ def run(
         raise ValueError("pass a folder for the results with --out; --data and --predictions have no default for it.")
     if predictions and (features or attention):
         raise ValueError("--features and --attention need a model; pass --checkpoint instead of --predictions.")
+    if predictions and paired:
+        raise ValueError("--paired needs a model, which answers again; pass --checkpoint instead of --predictions.")
     files = _files(predictions)
     # Imported here because torch and transformers are slow to import, and --help and wrong options do not need them.
     from w2r2_ds.diagnostics.reliance import DiagnosisOptions, diagnose_files, diagnose_model

@@ -147,8 +147,23 @@ def read_run(folder: Path, name: str, results: Sequence[Path] = ()) -> RunData:
 
 
 def _contents(folders: Sequence[Path], pattern: str) -> list[tuple[Path, dict[str, Any]]]:
-    """The JSON files of a pattern in some folders and all below, with their contents."""
-    return [(file, read_json_object(file)) for folder in folders for file in sorted(folder.rglob(pattern))]
+    """The JSON files of a pattern in some folders and all below, with their contents.
+
+    Files of the same task and data, such as those of two checkpoints, get the key ``label``: their folder.
+    """
+    found = []
+    by_data: dict[str, list[tuple[str, dict[str, Any]]]] = {}  # task and data -> folder and content of its files
+    for folder in folders:
+        for file in sorted(folder.rglob(pattern)):
+            content = read_json_object(file)
+            found.append((file, content))
+            paths = [str(each.get("path")) for each in content.get("data") or () if isinstance(each, Mapping)]
+            place = Path(folder.name) / file.parent.relative_to(folder)
+            by_data.setdefault(str([content.get("task"), paths]), []).append((place.as_posix(), content))
+    for same in by_data.values():
+        for place_name, content in same if len(same) > 1 else ():
+            content["label"] = place_name
+    return found
 
 
 def group_evaluations(files: Sequence[Path]) -> list[EvaluationGroup]:
@@ -208,9 +223,14 @@ def read_evaluation(file: Path) -> Evaluation | None:
 
 
 def title_of(diagnosis: Mapping[str, Any]) -> str:
-    """Task and data of a file; prediction files may have no data."""
+    """Task and data of a file, and its label if it has one; prediction files may have no data."""
     paths = ", ".join(str(each["path"]) for each in diagnosis.get("data") or ())
-    return f"{diagnosis['task']}: {paths}" if paths else str(diagnosis["task"])
+    return with_label(f"{diagnosis['task']}: {paths}" if paths else str(diagnosis["task"]), diagnosis)
+
+
+def with_label(title: str, diagnosis: Mapping[str, Any]) -> str:
+    """A title, and in brackets the label that tells files of equal titles apart."""
+    return f"{title} ({diagnosis['label']})" if "label" in diagnosis else title
 
 
 def run_names(folders: Sequence[Path]) -> list[str]:

@@ -7,7 +7,7 @@ from pathlib import PurePath
 from typing import Any
 
 from w2r2_ds.diagnostics.table1 import OVERALL
-from w2r2_ds.report.collect import title_of
+from w2r2_ds.report.collect import title_of, with_label
 from w2r2_ds.report.diagnosis.parts import Part, measure_cell
 from w2r2_ds.report.scores import GEOMETRY_NAMES, ScoreTable
 
@@ -48,7 +48,8 @@ def _comparison(diagnoses: Sequence[Mapping[str, Any]]) -> ScoreTable:
 
 def _split(diagnosis: Mapping[str, Any]) -> str:
     """Short name of the data: the last part of each folder."""
-    return ", ".join(PurePath(str(each["path"])).name for each in diagnosis.get("data") or ()) or str(diagnosis["task"])
+    names = ", ".join(PurePath(str(each["path"])).name for each in diagnosis.get("data") or ())
+    return with_label(names or str(diagnosis["task"]), diagnosis)
 
 
 def _score(diagnosis: Mapping[str, Any], row: str) -> Mapping[str, Any] | None:
