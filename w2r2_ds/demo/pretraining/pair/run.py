@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,9 +24,13 @@ from w2r2_ds.demo.pretraining.pair.stages.questions import QuestionTrainer, trai
 from w2r2_ds.demo.pretraining.pair.stages.tower import TowerTrainer, accuracy, encode_rooms, train_tower
 from w2r2_ds.demo.pretraining.record import StageRecord
 from w2r2_ds.models.patch_embedding import use_matrix_products
+from w2r2_ds.utils.files import atomic_io
+from w2r2_ds.utils.files.json_io import read_json_object
 
 logger = logging.getLogger(__name__)
 
+SETTINGS = "settings.json"
+"""File of the settings in the work folder."""
 COURSE_QUESTIONS = 240
 """Grounding questions of an evaluation in the course of stage 3."""
 
@@ -108,13 +114,33 @@ def stored_rooms(folder: Path, split: str, count: int, seed: int) -> RoomSet:
     return load_rooms(file)
 
 
+def check_settings(folder: Path, settings: Settings) -> None:
+    """Compare the settings with those of the results in the work folder, and write them.
+
+    Raises:
+        ValueError: a setting differs, so that the results would be taken for those of these settings.
+    """
+    file, wanted = folder / SETTINGS, asdict(settings)
+    if file.is_file():
+        found = read_json_object(file)
+        if different := [name for name in found | wanted if found.get(name) != wanted.get(name)]:
+            raise ValueError(
+                f"--work: {folder} has rooms and stages of another {' and '.join(different)}; use another folder."
+            )
+    atomic_io.replace(file, json.dumps(wanted, indent=1) + "\n")
+
+
 def run_stages(folder: Path, settings: Settings) -> tuple[Pretraining, dict[str, Any]]:
     """Run all stages, or load their results from the work folder.
 
     Returns:
         The pretraining with the final weights, and the record of each stage.
+
+    Raises:
+        ValueError: the results in the work folder are of other settings.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    check_settings(folder, settings)
     rooms = [
         stored_rooms(folder, split, count, settings.seed)
         for split, count in (("train", settings.train_rooms), ("val", settings.val_rooms))

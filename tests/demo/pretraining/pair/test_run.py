@@ -1,0 +1,20 @@
+"""The work folder of the pretraining."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from w2r2_ds.demo.pretraining.pair.run import check_settings, run_stages
+from w2r2_ds.demo.pretraining.pair.settings import Settings
+
+
+def test_stages_of_other_settings_are_not_loaded(tmp_path: Path) -> None:
+    check_settings(tmp_path, Settings())
+    check_settings(tmp_path, Settings())
+    for _ in range(2):  # the settings of the folder stay
+        with pytest.raises(ValueError, match=f"{tmp_path}.*seed and box_steps"):
+            run_stages(tmp_path, replace(Settings(), seed=1, box_steps=3))
+    assert [file.name for file in tmp_path.iterdir()] == ["settings.json"], "nothing is rendered"
