@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 from PIL import Image
 
 from w2r2_ds.boxes3d.transforms import world_to_camera
+from w2r2_ds.data.sources.scannet import alignment_file
 from w2r2_ds.data.tasks.scanrefer import answer_text
 from w2r2_ds.evaluation.predictions.record import record_of
 from w2r2_ds.evaluation.sample_pictures import COLORS, SAMPLES, WIDTH, draw_samples, drawable_samples
@@ -25,7 +27,7 @@ INTRINSIC[:2, 2] = 40, 30
 def posed(samples: list[Any], tmp_path_factory: pytest.TempPathFactory) -> Sample:
     """A sample with black frames, a camera at the origin, and a box in front of it."""
     folder = tmp_path_factory.mktemp("scene")
-    frames = tuple(folder / f"{index:05}.png" for index in range(2))
+    frames = tuple(folder / f"{index:05}.jpg" for index in range(2))
     for path in frames:
         Image.new("RGB", (80, 60)).save(path)
     np.savetxt(folder / "intrinsic.txt", INTRINSIC)
@@ -66,10 +68,28 @@ def test_edges_are_where_the_camera_projects_them(posed: Sample) -> None:
 def test_the_first_samples_with_boxes(posed: Sample, caption_sample: Any, answer_sample: Any) -> None:
     grounding = [replace(posed, id=str(index)) for index in range(SAMPLES + 2)]
     assert drawable_samples([caption_sample, answer_sample, *grounding]) == [2, 3, 4, 5]
-    without_poses = replace(posed, cam_to_world=np.full((2, 4, 4), np.nan))
-    assert drawable_samples([without_poses, posed]) == [1]
     with pytest.raises(ValueError, match=r"train\.samples_every.*data\.val"):
-        drawable_samples([without_poses])
+        drawable_samples([caption_sample])
+
+
+def test_poses_are_read_from_the_scene(posed: Sample, tmp_path: Path) -> None:
+    """Sets with world boxes are prepared without poses."""
+    unposed = []
+    for name in ("without", "with"):
+        folder = tmp_path / "posed_images" / name
+        shutil.copytree(posed.frames[0].parent, folder)
+        description = alignment_file(tmp_path, name)
+        description.parent.mkdir(parents=True)
+        description.touch()
+        frames = tuple(folder / path.name for path in posed.frames)
+        unposed.append(replace(posed, frames=frames, cam_to_world=np.full((2, 4, 4), np.nan)))
+    for path in unposed[1].frames:
+        np.savetxt(path.with_suffix(".txt"), np.eye(4))
+    with pytest.raises(ValueError, match=rf"train\.samples_every: .*{unposed[0].frames[0].parent}"):
+        drawable_samples(unposed[:1])
+    assert drawable_samples(unposed[1:]) == [0]
+    picture = np.asarray(draw_samples(unposed[1:], [record_of(posed, posed.answer)], "step 3"))
+    np.testing.assert_array_equal(picture, pixels(posed, posed.answer))
 
 
 def test_a_scene_without_intrinsics_is_an_error_at_the_start(posed: Sample, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from hand_records import beside, caption, detection
 from prepared_sets import write_prepared
 from w2r2_ds.config.io import DEMO_RECIPE, load_config
 from w2r2_ds.config.schema import DataConfig
-from w2r2_ds.data.frames.box_views import frames_to_show
+from w2r2_ds.data.frames.box_views import frames_to_show, with_poses
 from w2r2_ds.data.frames.projection import EDGES, box_corners, project, projected_edges
 from w2r2_ds.data.frames.token_rays import scene_folder, scene_intrinsic
 from w2r2_ds.evaluation.metrics.meteor import Java
@@ -132,6 +132,17 @@ def test_outlines_are_the_projected_edges(answered: list[Answered]) -> None:
     np.testing.assert_allclose(numbers, np.clip(edges, -10 * WIDTH, 10 * WIDTH), atol=0.051)
 
 
+def test_boxes_are_drawn_without_poses_in_the_prepared_set(answered: list[Answered], report_root: Path) -> None:
+    """Sets with world boxes are prepared without poses; the pictures read them."""
+    poses = answered[0].sample.cam_to_world
+    unposed = replace(answered[0].sample, cam_to_world=np.full_like(poses, np.nan))
+    np.testing.assert_allclose(with_poses(unposed).cam_to_world, poses, atol=1e-9)
+    found, expected = make_card("best", replace(answered[0], sample=unposed)), make_card("best", answered[0])
+    assert found.pictures == expected.pictures and any(picture.outlines for picture in found.pictures)
+    figure, _ = room_figure(report_root, unposed, {})
+    assert "cameras" in {trace.name for trace in figure.data}
+
+
 def test_projected_edges_of_a_turned_box_by_hand() -> None:
     """A box in front of the camera: its edges are those between the projected corners."""
     intrinsic = np.array([[100.0, 0, 50], [0, 100, 40], [0, 0, 1]])
@@ -193,7 +204,7 @@ def test_points_of_a_room_are_inside_it(answered: list[Answered], report_root: P
 
 def test_the_3d_view_has_points_cameras_and_boxes(answered: list[Answered], report_root: Path) -> None:
     sample, boxes = answered[0].sample, boxes_of(answered[0])
-    figure, problem = room_figure(report_root, sample.scene_id, sample.cam_to_world, boxes)
+    figure, problem = room_figure(report_root, sample, boxes)
     assert problem == "" and [trace.name for trace in figure.data] == [
         "room",
         "cameras",
@@ -209,7 +220,7 @@ def test_the_3d_view_has_points_cameras_and_boxes(answered: list[Answered], repo
 
 def test_a_room_without_depth_has_boxes_and_a_reason(answered: list[Answered], tmp_path: Path) -> None:
     sample = answered[0].sample
-    figure, problem = room_figure(tmp_path, sample.scene_id, sample.cam_to_world, boxes_of(answered[0]))
+    figure, problem = room_figure(tmp_path, sample, boxes_of(answered[0]))
     assert str(tmp_path) in problem and "room" not in [trace.name for trace in figure.data]
 
 

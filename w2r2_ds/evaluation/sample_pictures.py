@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from w2r2_ds.boxes3d.iou import box_iou
-from w2r2_ds.data.frames.box_views import frames_to_show
+from w2r2_ds.data.frames.box_views import frames_to_show, with_poses
 from w2r2_ds.data.frames.projection import projected_edges
 from w2r2_ds.data.frames.token_rays import scene_folder, scene_intrinsic
 from w2r2_ds.data.images import load_frame
@@ -37,26 +37,27 @@ def drawable_samples(samples: Sequence[Sample]) -> list[int]:
     """Indices of the first grounding samples whose boxes can be drawn.
 
     Raises:
-        ValueError: there are none, or a scene has no intrinsics.
+        ValueError: there are none, or the intrinsics or poses of a scene are missing.
     """
     grounding = [
         index
         for index, sample in enumerate(samples)
         if sample.kind == "grounding" and sample.target is not None and sample.frames
     ]
-    posed = [index for index in grounding if np.isfinite(samples[index].cam_to_world).all()][:SAMPLES]
-    if not posed:
+    if not grounding:
         tasks = ", ".join(sorted({sample.task for sample in samples}))
         raise ValueError(
-            f"train.samples_every: none of the {len(samples)} validation samples ({tasks}) has a target box, frames "
-            "and camera poses; add a grounding set to data.val, raise train.eval_samples, or set the option to 0."
+            f"train.samples_every: none of the {len(samples)} validation samples ({tasks}) has a target box and "
+            "frames; add a grounding set to data.val, raise train.eval_samples, or set the option to 0."
         )
-    for index in posed:
+    drawable = grounding[:SAMPLES]
+    for index in drawable:
         try:
             scene_intrinsic(scene_folder(samples[index].frames[0]))
+            with_poses(samples[index])
         except ValueError as error:
             raise ValueError(f"train.samples_every: {error}") from None
-    return posed
+    return drawable
 
 
 def draw_samples(samples: Sequence[Sample], records: Sequence[AnswerRecord], title: str) -> Image.Image:
@@ -92,6 +93,8 @@ def draw_samples(samples: Sequence[Sample], records: Sequence[AnswerRecord], tit
 def _row(sample: Sample, record: AnswerRecord) -> Image.Image:
     """Title and frames of one sample."""
     assert sample.target is not None, "chosen samples have a target"
+    sample = with_poses(sample)
+    assert sample.target is not None
     boxes = {"true": np.asarray(sample.target.box)}
     predicted = answer_world_box(record)
     if predicted is None:

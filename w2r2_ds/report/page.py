@@ -143,8 +143,7 @@ def build_page(runs: Sequence[RunData], samples: int = 12, rooms: int = 2) -> st
 
 def run_section(run: RunData, figures: Figures, samples: int, rooms: int) -> RunSection:
     """Tables, gallery and 3D views of one run; 3D figures are added to `figures`."""
-    cards: dict[str, list[Card]] = {}
-    views: list[Room] = []
+    galleries: list[tuple[str, list[tuple[str, Answered]]]] = []
     problems = []
     for group in run.groups:
         try:
@@ -155,8 +154,12 @@ def run_section(run: RunData, figures: Figures, samples: int, rooms: int) -> Run
             continue
         chosen = choose(answered, samples)
         if chosen:
-            cards[f"{group.title}, by {chosen[0][1].measure}"] = [make_card(kind, each) for kind, each in chosen]
+            galleries.append((f"{group.title}, by {chosen[0][1].measure}", chosen))
+    galleries.sort(key=lambda gallery: not _predicts_boxes(gallery[1]))  # stable
+    views: list[Room] = []
+    for _, chosen in galleries:
         views += _rooms(run, [each for _, each in chosen], figures, rooms - len(views))
+    cards = {title: [make_card(kind, each) for kind, each in chosen] for title, chosen in galleries}
     return RunSection(
         run,
         [score_table(group) for group in run.groups],
@@ -168,6 +171,11 @@ def run_section(run: RunData, figures: Figures, samples: int, rooms: int) -> Run
     )
 
 
+def _predicts_boxes(chosen: Sequence[tuple[str, Answered]]) -> bool:
+    """Whether an answer is a box: such samples come first, because the pictures show it beside the true box."""
+    return any(name != "true" for _, each in chosen for name in boxes_of(each))
+
+
 def _rooms(run: RunData, chosen: Sequence[Answered], figures: Figures, count: int) -> list[Room]:
     """3D views of the first samples with boxes, each of another scene."""
     views: dict[str, Room] = {}
@@ -176,7 +184,7 @@ def _rooms(run: RunData, chosen: Sequence[Answered], figures: Figures, count: in
         if len(views) >= count or not boxes or sample.scene_id in views:
             continue
         root = Path(run.config.data.root)
-        figure, problem = room_figure(root, sample.scene_id, sample.cam_to_world, boxes)
+        figure, problem = room_figure(root, sample, boxes)
         views[sample.scene_id] = Room(f"{sample.scene_id}: {sample.id}", figures.add(figure), problem)
     return list(views.values())
 

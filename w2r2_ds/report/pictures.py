@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from PIL import Image
 
-from w2r2_ds.data.frames.box_views import frames_to_show
+from w2r2_ds.data.frames.box_views import frames_to_show, with_poses
 from w2r2_ds.data.frames.projection import projected_edges
 from w2r2_ds.data.frames.token_rays import scene_folder, scene_intrinsic
 from w2r2_ds.data.images import load_frame
@@ -79,13 +79,13 @@ def make_card(kind: str, answered: Answered) -> Card:
     sample = answered.sample
     if not sample.frames:
         return Card(kind, answered)
-    problem, intrinsic = "", None
-    try:
-        intrinsic = scene_intrinsic(scene_folder(sample.frames[0]))
-    except ValueError as error:
-        problem = f"No boxes are drawn: {error}"
-    has_poses = intrinsic is not None and bool(np.isfinite(sample.cam_to_world).all())
-    boxes = boxes_of(answered) if has_poses else {}
+    problem, intrinsic, boxes = "", None, boxes_of(answered)
+    if boxes:
+        try:
+            intrinsic = scene_intrinsic(scene_folder(sample.frames[0]))
+            sample = with_poses(sample)
+        except ValueError as error:
+            problem, boxes = f"No boxes are drawn: {error}", {}
     try:
         shown = frames_to_show(sample, boxes.get("true"), intrinsic, FRAMES)
         pictures = [_picture(sample, index, boxes, intrinsic) for index in shown]

@@ -11,10 +11,12 @@ from PIL import Image
 from plotly.graph_objects import Figure, Scatter3d
 
 from w2r2_ds.boxes3d.transforms import euler_angles_to_matrix
+from w2r2_ds.data.frames.box_views import with_poses
 from w2r2_ds.data.frames.projection import EDGES, box_corners, load_depth
 from w2r2_ds.data.images import load_frame
 from w2r2_ds.data.sources.frames import Frame, SceneParts
 from w2r2_ds.data.sources.scannet import load_scene
+from w2r2_ds.types.sample import Sample
 
 MAX_POINTS = 12_000
 VOXEL = 0.04
@@ -31,24 +33,22 @@ BOX_STYLES = {"true": ("#1a9850", "true box", 7), "fused": ("#d9730d", "2D + 3D"
 """Box -> line colour, name and width; the colours are those of the style sheet."""
 
 
-def room_figure(
-    root: Path, scene_id: str, cam_to_world: np.ndarray, boxes: Mapping[str, np.ndarray]
-) -> tuple[Figure, str]:
-    """Points, cameras and boxes of a scene; and why there are no points, empty if there are.
+def room_figure(root: Path, sample: Sample, boxes: Mapping[str, np.ndarray]) -> tuple[Figure, str]:
+    """Points, cameras and boxes of a sample's scene; and why there are no points, empty if there are.
 
     Args:
         root: data root.
-        scene_id: the scene.
-        cam_to_world: ``[frames, 4, 4]`` cameras of a sample, in the axis-aligned world.
+        sample: a sample of the scene; its frames are the cameras.
         boxes: ``true``, ``fused``, ``zero`` -> world box ``[6]`` or ``[9]``.
     """
     figure, problem = Figure(), ""
     try:
-        points, colors = room_points(root, scene_id)
+        points, colors = room_points(root, sample.scene_id)
         figure.add_trace(_points(points, colors))
+        sample = with_poses(sample)
     except ValueError as error:
         problem = f"No points: {error}"
-    cameras = [_camera(pose) for pose in cam_to_world if np.isfinite(pose).all()]
+    cameras = [_camera(pose) for pose in sample.cam_to_world if np.isfinite(pose).all()]
     if cameras:
         figure.add_trace(_lines(np.concatenate(cameras), "cameras", "#7a7a7a", 2))
     for name, (color, label, width) in BOX_STYLES.items():

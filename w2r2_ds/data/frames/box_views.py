@@ -1,12 +1,26 @@
-"""Frames of a sample in which a box is shown, for pictures of boxes."""
+"""Poses of a sample's frames, and the frames in which a box is shown, for pictures of boxes."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import numpy as np
 
 from w2r2_ds.data.frames.projection import projected_area
 from w2r2_ds.data.images import frame_size
+from w2r2_ds.data.sources.depth_frames import frame_pose
 from w2r2_ds.types.sample import Sample
+
+
+def with_poses(sample: Sample) -> Sample:
+    """The sample with the poses of its frames, which are read if its task needs none (NaN), as with world boxes.
+
+    Raises:
+        ValueError: a pose is missing or malformed.
+    """
+    if np.isfinite(sample.cam_to_world).all():
+        return sample
+    return replace(sample, cam_to_world=np.stack([frame_pose(frame) for frame in sample.frames]))
 
 
 def frames_to_show(sample: Sample, box: np.ndarray | None, intrinsic: np.ndarray | None, count: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""Find depth image, intrinsics and pose of a colour frame of a scene, for point maps."""
+"""Find depth image, intrinsics and pose of a colour frame of a scene, for point maps and pictures."""
 
 from __future__ import annotations
 
@@ -77,15 +77,24 @@ def find_depth_frame(color: Path, with_pose: bool) -> DepthFrame:
         raise ValueError(f"{color} is no frame of {folder}; extract the scene's frames again")
     if files.depth is None:
         raise ValueError(f"{color} has no depth image in {folder}; extract the scene's depth images")
-    pose = NOT_READ
-    if with_pose:
-        if files.pose is None:
-            raise ValueError(f"{color} has no camera pose in {folder}; extract the scene's poses")
-        pose = read_pose(files.pose)
-        if not np.isfinite(pose).all():
-            raise ValueError(f"{files.pose} marks lost tracking (nan or inf); prepare the data set without this frame")
-        pose = _alignment(folder) @ pose
+    pose = frame_pose(color) if with_pose else NOT_READ
     return DepthFrame(files.depth, scene.intrinsic, scene.depth_intrinsic, pose)
+
+
+def frame_pose(color: Path) -> np.ndarray:
+    """``[4, 4]`` float64, OpenCV camera of a colour image to axis-aligned world, metres.
+
+    Raises:
+        ValueError: the pose is missing or malformed, or tracking was lost in the frame.
+    """
+    folder = scene_folder(color)
+    files = _frame_files(folder).get(color)
+    if files is None or files.pose is None:
+        raise ValueError(f"{color} has no camera pose in {folder}; extract the scene's poses")
+    pose = read_pose(files.pose)
+    if not np.isfinite(pose).all():
+        raise ValueError(f"{files.pose} marks lost tracking (nan or inf); prepare the data set without this frame")
+    return _alignment(folder) @ pose
 
 
 def check_depth_frame(color: Path, with_pose: bool) -> None:
@@ -105,10 +114,16 @@ def scene_folder(color: Path) -> Path:
 
 
 @lru_cache(CACHED_SCENES)
+def _frame_files(folder: Path) -> dict[Path, FrameFiles]:
+    """Files of the frames in a scene's folder, by colour image."""
+    return {files.color: files for files in find_frames(folder) if files.color is not None}
+
+
+@lru_cache(CACHED_SCENES)
 def _scene_files(folder: Path) -> _SceneFiles:
     color, depth = intrinsic_file(folder, INTRINSIC_FILES), intrinsic_file(folder, DEPTH_INTRINSIC_FILES)
     return _SceneFiles(
-        frames={files.color: files for files in find_frames(folder) if files.color is not None},
+        frames=_frame_files(folder),
         intrinsic_file=color,
         depth_intrinsic_file=depth,
         intrinsic=read_intrinsic(color, "m_calibrationColorIntrinsic")[:3, :3],
