@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -61,3 +62,12 @@ def test_every_quoted_heading_of_troubleshooting_is_a_message_of_the_code() -> N
         if len(part.strip()) > 4 and part.strip() not in code
     }
     assert absent <= {"CUDA out of memory", "Timeout (", "Node failure on "}  # PyTorch's, faulthandler's and Slurm's
+
+
+def test_the_table_of_the_demo_is_that_of_its_results() -> None:
+    """README.md and the first run's page have the output of docs/scripts/demo_table.py."""
+    script = docs_script("demo_table")
+    table = script.table(json.loads(script.FILE.read_text())["tasks"])
+    assert len(table.splitlines()) == 5 and "acc@0.25" in table
+    for page in (DOCS.parent / "README.md", DOCS / "get-started" / "first-run.md"):
+        assert table in page.read_text(), f"{page.name}: insert the output of docs/scripts/demo_table.py"
