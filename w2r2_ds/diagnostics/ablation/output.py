@@ -61,11 +61,13 @@ def print_results(rows: Sequence[Row], baseline: str, level: float) -> None:
         console.print(table)
     methods = sorted({row.difference.method for row in rows if row.difference is not None} - {NONE})
     note = f"all values times 100; {100 * level:.0f} % intervals: {', '.join(methods)}" if methods else ""
-    console.print(note or "all values times 100", highlight=False)
+    console.print(note or "all values times 100", markup=False, highlight=False)
     if any(row.p_holm is not None for row in rows):
-        console.print("p is corrected for all comparisons of these tables (Holm)", highlight=False)
+        console.print("p is corrected for all comparisons of these tables (Holm)", markup=False, highlight=False)
     if any(row.difference is not None and row.p_holm is None for row in rows):
-        console.print("no p: a test needs two seeds of both arms, with different differences", highlight=False)
+        console.print(
+            "no p: a test needs two seeds of both arms, with different differences", markup=False, highlight=False
+        )
 
 
 def _table(metric: str, rows: Sequence[Row], baseline: str, level: float) -> Table:
