@@ -15,7 +15,8 @@ import torch
 from pydantic import NonNegativeFloat
 from torch import Tensor
 
-from w2r2_ds.objective.push_terms import PushInputs, PushTerm, register_push_term
+from w2r2_ds.objective.push_inputs import PushInputs
+from w2r2_ds.objective.push_terms import PushTerm, register_push_term
 
 
 @register_push_term("focal")

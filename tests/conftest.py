@@ -211,7 +211,7 @@ def data_config() -> Any:
 @pytest.fixture(scope="session")
 def batch_of(frontend: Any, data_config: Any) -> Callable[..., Any]:
     """Function `batch_of(samples, with_answer, with_prompts, **data_config_changes)`: the collated batch."""
-    from w2r2_ds.data.collate import Collator
+    from w2r2_ds.data.batching.collate import Collator
     from w2r2_ds.data.loader import make_position_ids, make_processor, visual_kind
 
     def make(chosen: Sequence[Any], with_answer: bool = True, with_prompts: bool = False, **changes: Any) -> Any:

@@ -12,7 +12,8 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from w2r2_ds.objective.push_terms import PUSH_TERMS, Overlaps, PushInputs, States
+from w2r2_ds.objective.push_inputs import Overlaps, PushInputs, States
+from w2r2_ds.objective.push_terms import PUSH_TERMS
 
 LAM, MU = 1.5, 0.7
 POINTS = 201

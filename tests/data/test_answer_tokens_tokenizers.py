@@ -25,7 +25,7 @@ from transformers.models.qwen3_5.tokenization_qwen3_5 import Qwen3_5Tokenizer
 from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
 from w2r2_ds.data.answer_tokens import find_answer_tokens, require_digit_tokens, token_tables, what_tokens
-from w2r2_ds.data.collate import Collator
+from w2r2_ds.data.batching.collate import Collator
 from w2r2_ds.data.processor import Processor
 from w2r2_ds.data.tasks.scanrefer import answer_text, question_text
 from w2r2_ds.demo.tiny_models import CHAT_TEMPLATE, SPECIAL_TOKENS, train_tokenizer

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from w2r2_ds.commands.evaluate import run
-from w2r2_ds.data.collate import GRAY
+from w2r2_ds.data.batching.collate import GRAY
 from w2r2_ds.data.loader import make_processor
 from w2r2_ds.evaluation.conditions import CONDITIONS, find_condition
 

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from w2r2_ds.data.frames.token_rays import scene_folder
 from w2r2_ds.data.frames.typical_box import TypicalBox
 from w2r2_ds.data.loader import make_collate, make_processor
+from w2r2_ds.data.sources.frame_files import scene_folder
 from w2r2_ds.models.w2r2 import W2R2, embed_tokens, insert_visual_tokens
 
 FOCAL = 70.0

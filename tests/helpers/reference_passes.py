@@ -14,7 +14,8 @@ from encoder_inputs import geometry_images, pixel_values
 from w2r2_ds.config.schema import ObjectiveConfig
 from w2r2_ds.models.merger import pair_frames
 from w2r2_ds.objective.expected_box import expected_overlap
-from w2r2_ds.objective.push_terms import Overlaps, PushInputs, States, build_push_term
+from w2r2_ds.objective.push_inputs import Overlaps, PushInputs, States
+from w2r2_ds.objective.push_terms import build_push_term
 from w2r2_ds.training.two_pass import without_dropout
 
 

@@ -24,7 +24,7 @@ from objectives import objective_config
 from w2r2_ds.config.schema import RunConfig
 from w2r2_ds.convert.from_vgllm import fill, split_state, vggt_config, vgllm_name
 from w2r2_ds.data.answer_tokens import MAX_NUMBERS, TokenTables
-from w2r2_ds.data.collate import token_counts
+from w2r2_ds.data.batching.collate import token_counts
 from w2r2_ds.models.frame_pixels import unit_range
 from w2r2_ds.models.fusion import make_fusion
 from w2r2_ds.models.merger import GeometryMerger, split_cells

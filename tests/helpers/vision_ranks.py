@@ -30,7 +30,7 @@ class Encoder(nn.Module):
 
 def visuals(vlm: Any) -> Any:
     """Noise in place of two frames, one per frame set."""
-    from w2r2_ds.data.collate import tower_input
+    from w2r2_ds.data.batching.collate import tower_input
     from w2r2_ds.models.family import find_family
     from w2r2_ds.models.weights.loading import load_vision_spec
 

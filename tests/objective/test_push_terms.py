@@ -15,7 +15,8 @@ from torch import Tensor
 
 from objectives import push_term
 from w2r2_ds.config.schema import DataConfig, ObjectiveConfig, RunConfig, TrainConfig
-from w2r2_ds.objective.push_terms import PUSH_TERMS, Overlaps, PushInputs, States, check_push_term
+from w2r2_ds.objective.push_inputs import Overlaps, PushInputs, States
+from w2r2_ds.objective.push_terms import PUSH_TERMS, check_push_term
 from w2r2_ds.objective.reductions import mean_per_sample
 from w2r2_ds.utils.plugins import import_plugin
 

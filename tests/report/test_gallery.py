@@ -20,7 +20,8 @@ from w2r2_ds.config.io import DEMO_RECIPE, load_config
 from w2r2_ds.config.schema import DataConfig
 from w2r2_ds.data.frames.box_views import frames_to_show, with_poses
 from w2r2_ds.data.frames.projection import EDGES, box_corners, project, projected_edges
-from w2r2_ds.data.frames.token_rays import scene_folder, scene_intrinsic
+from w2r2_ds.data.frames.token_rays import scene_intrinsic
+from w2r2_ds.data.sources.frame_files import scene_folder
 from w2r2_ds.evaluation.metrics.meteor import Java
 from w2r2_ds.evaluation.predictions.record import record_of
 from w2r2_ds.evaluation.resumable import write_records

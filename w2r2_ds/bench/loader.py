@@ -20,7 +20,7 @@ from w2r2_ds.bench.model import build_frontend
 from w2r2_ds.bench.report import BenchReport, Criterion
 from w2r2_ds.bench.shapes import PATCH, Shape, find_shapes
 from w2r2_ds.config.schema import DataConfig
-from w2r2_ds.data.collate import tower_input
+from w2r2_ds.data.batching.collate import tower_input
 from w2r2_ds.data.images import load_frame, load_resized, resize_frames, scaled_size
 from w2r2_ds.data.visual_inputs import VisualPreprocessor
 from w2r2_ds.models.build import VlmFrontend

@@ -17,9 +17,9 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from w2r2_ds.bench.shapes import PATCH, Shape
 from w2r2_ds.config.schema import DataConfig, ObjectiveConfig, RunConfig
 from w2r2_ds.data.answer_tokens import find_answer_tokens, token_tables
-from w2r2_ds.data.collate import Collator
+from w2r2_ds.data.batching.collate import Collator
+from w2r2_ds.data.batching.packing import Grouping, groups_by_frames
 from w2r2_ds.data.loader import make_position_ids
-from w2r2_ds.data.packing import Grouping, groups_by_frames
 from w2r2_ds.data.processor import IMAGE, Features
 from w2r2_ds.data.visual_inputs import VisualInputs
 from w2r2_ds.demo.tiny_models import IMAGE_MEAN, IMAGE_STD, make_config, train_tokenizer

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from w2r2_ds.utils.files import atomic_io
-from w2r2_ds.utils.versions import versions
+from w2r2_ds.utils.versions import processor_name, versions
 
 
 @dataclass(frozen=True)
@@ -105,7 +104,7 @@ def cell(value: Any) -> str:
 def describe_machine() -> dict[str, Any]:
     """Processor, load, memory, GPU and package versions."""
     found: dict[str, Any] = {
-        "processor": _processor(),
+        "processor": processor_name(),
         "processors": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 1),
@@ -115,11 +114,3 @@ def describe_machine() -> dict[str, Any]:
         properties = torch.cuda.get_device_properties(0)
         found |= {"gpu": properties.name, "gpu_memory_gib": round(properties.total_memory / 2**30, 1)}
     return found | versions()
-
-
-def _processor() -> str:
-    """Model name of the CPU."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()

@@ -7,7 +7,7 @@ result. No value of a configuration is executed or imported.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +16,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from w2r2_ds.config.cli import OneLineParser, did_you_mean
-from w2r2_ds.config.options import FREE_SECTIONS, add_options, options, set_option
+from w2r2_ds.config.options import FREE_SECTIONS, add_options, dotted, options, set_option
 from w2r2_ds.config.schema import ModelConfig, RunConfig
 from w2r2_ds.utils.files import atomic_io
 
@@ -88,7 +88,7 @@ def parse_run(parser: OneLineParser, args: Sequence[str]) -> tuple[RunConfig, ar
     given, rest = _given(parser, args)
     recipe = rest.config or str(DEMO_RECIPE)
     if rest.config is None:
-        for name in _dotted(given):
+        for name, _ in dotted(given):
             if not name.startswith(WITHOUT_RECIPE):
                 parser.error(f"--{name} needs --config RECIPE.yaml; without a recipe the demo runs")
     try:
@@ -179,15 +179,6 @@ def _given(parser: OneLineParser, args: Sequence[str]) -> tuple[dict[str, Any], 
 def _source(path: str | Path, given: Mapping[str, Any]) -> str:
     """Source of a configuration, for messages."""
     return f"{path} with the command line" if given else str(path)
-
-
-def _dotted(tree: Mapping[str, Any], prefix: str = "") -> Iterable[str]:
-    """Dotted names of all values of nested dictionaries."""
-    for key, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            yield from _dotted(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}"
 
 
 def _validated(adapter: TypeAdapter[Any], tree: Any, source: str) -> Any:

@@ -36,6 +36,15 @@ class Option:
     text: bool
 
 
+def dotted(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted name and value of every value in nested dictionaries; an empty dictionary is a value."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            yield from dotted(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
 @functools.cache
 def options(config: type) -> dict[str, Option]:
     """Options of all fields of a dataclass and of its nested dataclasses, keyed by dotted name."""

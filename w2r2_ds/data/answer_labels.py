@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from w2r2_ds.data.answer_tokens import MAX_NUMBERS
-from w2r2_ds.data.packing import TokenPlacement
+from w2r2_ds.data.batching.packing import TokenPlacement
 from w2r2_ds.data.processor import Features
 from w2r2_ds.types.batch import AnswerPositions, DescriptionPositions
 

@@ -9,12 +9,12 @@ import torch
 from torch.utils.data import Dataset
 
 from w2r2_ds.config.schema import DataConfig
-from w2r2_ds.data.collate import Collator, PositionIds
+from w2r2_ds.data.batching.collate import Collator, PositionIds
+from w2r2_ds.data.batching.packing import Grouping, groups_by_frames, separate_groups
 from w2r2_ds.data.dataset import SampleDataset
 from w2r2_ds.data.frames.anchor_inputs import AnchorCollator
 from w2r2_ds.data.frames.geometry_augmentation import AugmentedDataset, GeometryAugmentation, NumberedBatches
 from w2r2_ds.data.frames.typical_box import TypicalBox
-from w2r2_ds.data.packing import Grouping, groups_by_frames, separate_groups
 from w2r2_ds.data.processor import Features, Processor
 from w2r2_ds.data.reraising_loader import ReraisingDataLoader, ignore_stop_signals
 from w2r2_ds.data.sampler import GlobalBatchSampler

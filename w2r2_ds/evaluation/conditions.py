@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from w2r2_ds.data.collate import GRAY
+from w2r2_ds.data.batching.collate import GRAY
 from w2r2_ds.data.processor import Features
 from w2r2_ds.evaluation.shuffle import PAIRING_SEED, ShuffledGeometry
 from w2r2_ds.types.geometry import GeometrySpec

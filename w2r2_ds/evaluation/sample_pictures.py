@@ -12,8 +12,9 @@ from PIL import Image, ImageDraw, ImageFont
 from w2r2_ds.boxes3d.iou import box_iou
 from w2r2_ds.data.frames.box_views import frames_to_show, with_poses
 from w2r2_ds.data.frames.projection import projected_edges
-from w2r2_ds.data.frames.token_rays import scene_folder, scene_intrinsic
+from w2r2_ds.data.frames.token_rays import scene_intrinsic
 from w2r2_ds.data.images import load_frame
+from w2r2_ds.data.sources.frame_files import scene_folder
 from w2r2_ds.evaluation.protocols.records import AnswerRecord, answer_world_box, nine_numbers
 from w2r2_ds.types.sample import Sample
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from w2r2_ds.config.schema import ObjectiveConfig
 from w2r2_ds.objective.expected_box import expected_overlap
-from w2r2_ds.objective.push_terms import Overlaps, PushInputs, PushTerm, States
+from w2r2_ds.objective.push_inputs import Overlaps, PushInputs, States
+from w2r2_ds.objective.push_terms import PushTerm
 from w2r2_ds.objective.reductions import mean_per_sample, token_log_p
 from w2r2_ds.objective.scorer import Score, Scorer
 from w2r2_ds.types.batch import Batch

@@ -7,7 +7,6 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -15,6 +14,7 @@ from plotly.graph_objects import Figure
 from plotly.offline import get_plotlyjs
 
 from w2r2_ds import __version__
+from w2r2_ds.config.options import dotted
 from w2r2_ds.report.collect import RunData
 from w2r2_ds.report.curves import COLORS, MAX_POINTS, curves
 from w2r2_ds.report.diagnosis.sections import diagnosis_sections, missing_sections
@@ -193,17 +193,7 @@ def differing_options(runs: Sequence[RunData]) -> list[tuple[str, list[str]]]:
     """Options whose values differ between the runs: dotted name, and the value of each run."""
     from dataclasses import asdict
 
-    trees = [dict(_dotted(asdict(run.config))) for run in runs]
+    trees = [dict(dotted(asdict(run.config))) for run in runs]
     names = dict.fromkeys(name for tree in trees for name in tree)
     rows = [(name, [str(tree.get(name, "")) for tree in trees]) for name in names]
     return [(name, values) for name, values in rows if len(set(values)) > 1]
-
-
-def _dotted(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    found = []
-    for key, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            found += _dotted(value, f"{prefix}{key}.")
-        else:
-            found.append((f"{prefix}{key}", value))
-    return found

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -12,8 +10,10 @@ from PIL import Image
 
 from w2r2_ds.data.frames.box_views import frames_to_show, with_poses
 from w2r2_ds.data.frames.projection import projected_edges
-from w2r2_ds.data.frames.token_rays import scene_folder, scene_intrinsic
+from w2r2_ds.data.frames.token_rays import scene_intrinsic
 from w2r2_ds.data.images import load_frame
+from w2r2_ds.data.sources.frame_files import scene_folder
+from w2r2_ds.report.data_uri import jpeg_uri
 from w2r2_ds.report.gallery import Answered, boxes_of
 from w2r2_ds.types.sample import Sample
 
@@ -98,9 +98,7 @@ def _picture(sample: Sample, index: int, boxes: Mapping[str, np.ndarray], intrin
     image = Image.fromarray(load_frame(sample.frames[index]))
     scale = WIDTH / image.width
     width, height = WIDTH, max(1, round(image.height * scale))
-    buffer = io.BytesIO()
-    image.resize((width, height), Image.Resampling.LANCZOS).save(buffer, "JPEG", quality=QUALITY)
-    uri = "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+    uri = jpeg_uri(image.resize((width, height), Image.Resampling.LANCZOS), QUALITY)
     outlines = []
     for kind, box in boxes.items():
         assert intrinsic is not None

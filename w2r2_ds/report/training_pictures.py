@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from w2r2_ds.report.data_uri import jpeg_uri
 from w2r2_ds.training.metrics import SAMPLES_FOLDER
 
 PICTURES = 6
@@ -52,8 +51,6 @@ def step_pictures(run: Path) -> list[StepPicture]:
         except (OSError, SyntaxError, Image.DecompressionBombError) as error:
             logger.warning("%s is not shown: %s", files[step], error)
             continue
-        buffer = io.BytesIO()
-        picture.save(buffer, "JPEG", quality=QUALITY)
-        uri = "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+        uri = jpeg_uri(picture, QUALITY)
         found.append(StepPicture(step, uri, picture.width, picture.height))
     return found

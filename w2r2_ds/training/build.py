@@ -19,6 +19,7 @@ from transformers.integrations import HfDeepSpeedConfig
 from w2r2_ds.config.io import save_config
 from w2r2_ds.config.schema import RunConfig
 from w2r2_ds.data.answer_tokens import require_digit_tokens
+from w2r2_ds.data.batching.scene_pairs import check_two_scenes
 from w2r2_ds.data.dataset import check_frames_are_shared, digests, load_mixture
 from w2r2_ds.data.frames.geometry_augmentation import check_augmentation, make_augmentation
 from w2r2_ds.data.frames.typical_box import TypicalBox, typical_box
@@ -27,7 +28,6 @@ from w2r2_ds.data.mixture import Mixture
 from w2r2_ds.data.prepare.notes import preparation_notes
 from w2r2_ds.data.reraising_loader import ReraisingDataLoader
 from w2r2_ds.data.sampler import GlobalBatchSampler
-from w2r2_ds.data.scene_pairs import check_two_scenes
 from w2r2_ds.data.validate import check_depth, check_frames, check_sample_texts, describe_frames
 from w2r2_ds.kernels.select import check_attention, check_kernels, describe_attention, resolve_dtype
 from w2r2_ds.models.build import VlmFrontend, build_model, load_frontend

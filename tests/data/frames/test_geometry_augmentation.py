@@ -13,6 +13,7 @@ import torch
 from w2r2_ds.boxes3d.transforms import world_to_camera
 from w2r2_ds.config.io import load_config
 from w2r2_ds.config.schema import GeometryAugmentationConfig, GeometryConfig
+from w2r2_ds.data.batching.packing import groups_by_frames
 from w2r2_ds.data.frames.geometry_augmentation import (
     AugmentedDataset,
     GeometryAugmentation,
@@ -21,7 +22,6 @@ from w2r2_ds.data.frames.geometry_augmentation import (
 )
 from w2r2_ds.data.loader import make_processor, train_loader
 from w2r2_ds.data.mixture import Mixture
-from w2r2_ds.data.packing import groups_by_frames
 from w2r2_ds.data.sampler import GlobalBatchSampler
 from w2r2_ds.data.sources.scannet import load_scene
 from w2r2_ds.data.tasks.base import TASKS, Task

@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from anchor_batches import FOCAL, write_intrinsic
-from w2r2_ds.data.frames.token_rays import scene_folder, scene_intrinsic, token_points, token_rays
+from w2r2_ds.data.frames.token_rays import scene_intrinsic, token_points, token_rays
+from w2r2_ds.data.sources.frame_files import scene_folder
 from w2r2_ds.data.visual_inputs import VisualPreprocessor
 from w2r2_ds.types.geometry import GeometrySpec
 from w2r2_ds.types.sample import Sample

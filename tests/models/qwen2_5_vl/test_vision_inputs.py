@@ -13,7 +13,7 @@ from transformers import AutoModelForImageTextToText
 
 from encoder_inputs import pixel_values
 from varlen_reference import torch_varlen_on_cpu
-from w2r2_ds.data.collate import token_counts, tower_input
+from w2r2_ds.data.batching.collate import token_counts, tower_input
 from w2r2_ds.models.attention import varlen, vision
 from w2r2_ds.models.attention.vision import VISION_ATTENTION
 from w2r2_ds.models.family import find_family

@@ -13,7 +13,7 @@ import numpy as np
 
 from w2r2_ds.data.images import frame_size, scaled_offset, scaled_size
 from w2r2_ds.data.sources.cameras import read_intrinsic
-from w2r2_ds.data.sources.frame_files import FOLDERS, INTRINSIC_FILES, intrinsic_file
+from w2r2_ds.data.sources.frame_files import INTRINSIC_FILES, intrinsic_file, scene_folder
 from w2r2_ds.data.visual_inputs import VisualPreprocessor
 from w2r2_ds.types.sample import Sample
 
@@ -26,11 +26,6 @@ def scene_intrinsic(folder: Path) -> np.ndarray:
         ValueError: the folder has no intrinsics, or they are malformed.
     """
     return read_intrinsic(intrinsic_file(folder, INTRINSIC_FILES), "m_calibrationColorIntrinsic")
-
-
-def scene_folder(frame: Path) -> Path:
-    """Folder of the scene that a colour image belongs to, under the names of ``sources/frame_files.py``."""
-    return frame.parent.parent if frame.parent.name in FOLDERS else frame.parent
 
 
 def token_points(sample: Sample, preprocessor: VisualPreprocessor, per_side: int = 1) -> tuple[np.ndarray, np.ndarray]:

@@ -10,7 +10,8 @@ import numpy as np
 
 from w2r2_ds.boxes3d.transforms import corners
 from w2r2_ds.data.frames.projection import project
-from w2r2_ds.data.frames.token_rays import scene_folder, scene_intrinsic
+from w2r2_ds.data.frames.token_rays import scene_intrinsic
+from w2r2_ds.data.sources.frame_files import scene_folder
 from w2r2_ds.types.sample import Sample
 
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.utils.data import Dataset
 
 from w2r2_ds.config.schema import RunConfig
-from w2r2_ds.data.collate import tower_input
+from w2r2_ds.data.batching.collate import tower_input
 from w2r2_ds.data.dataset import load_mixture
 from w2r2_ds.data.images import THREADS
 from w2r2_ds.data.loader import visual_kind

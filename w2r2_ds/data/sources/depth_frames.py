@@ -22,6 +22,7 @@ from w2r2_ds.data.sources.frame_files import (
     FrameFiles,
     find_frames,
     intrinsic_file,
+    scene_folder,
 )
 from w2r2_ds.data.sources.frames import NOT_READ
 from w2r2_ds.data.sources.scannet import alignment_file
@@ -106,11 +107,6 @@ def check_depth_frame(color: Path, with_pose: bool) -> None:
     frame, scene = find_depth_frame(color, with_pose), _scene_files(scene_folder(color))
     check_principal_point(scene.intrinsic_file, frame.intrinsic, color, frame_size(color))
     check_principal_point(scene.depth_intrinsic_file, frame.depth_intrinsic, frame.depth, depth_size(frame.depth))
-
-
-def scene_folder(color: Path) -> Path:
-    """The folder of a scene's frames that a colour image is in: ``SCENE/00000.jpg`` or ``SCENE/color/0.jpg``."""
-    return color.parent.parent if color.parent.name == "color" else color.parent
 
 
 @lru_cache(CACHED_SCENES)

@@ -132,3 +132,8 @@ def _numbered(folder: Path, names: list[str], pattern: str) -> dict[int, Path]:
             raise ValueError(f"{folder}: {found[index].name} and {name} have the same frame number; remove one")
         found[index] = folder / name
     return found
+
+
+def scene_folder(color: Path) -> Path:
+    """The folder of a scene's frames that a colour image is in: ``SCENE/00000.jpg`` or ``SCENE/color/0.jpg``."""
+    return color.parent.parent if color.parent.name in FOLDERS else color.parent

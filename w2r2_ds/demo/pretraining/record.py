@@ -1,9 +1,10 @@
-"""What a stage reports: its first losses, mean losses over its course, evaluations and time."""
+"""Run the steps of a stage and record its first losses, mean losses over its course, evaluations and time."""
 
 from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from typing import Any
 
 logger = logging.getLogger(__name__)
@@ -26,6 +27,26 @@ class StageRecord:
         self.curve: list[dict[str, Any]] = []
         self._sums: dict[str, float] = {}
         self._begin = time.monotonic()
+
+    def run(
+        self,
+        step: Callable[[int], dict[str, float]],
+        steps: int,
+        evaluate: Callable[[], dict[str, Any]] | None = None,
+        eval_every: int = 1,
+    ) -> None:
+        """Run a stage, and add the losses of its steps and its evaluations.
+
+        Args:
+            step: one step: its number, from 0 -> its losses.
+            steps: number of steps.
+            evaluate: an evaluation; None for none.
+            eval_every: steps between two evaluations.
+        """
+        for number in range(steps):
+            self.add(number, step(number))
+            if evaluate is not None and (number + 1) % eval_every == 0:
+                self.add_scores(number + 1, evaluate())
 
     def add(self, step: int, losses: dict[str, float]) -> None:
         """Add the losses of step number `step`, from 0."""

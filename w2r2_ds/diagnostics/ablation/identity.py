@@ -7,11 +7,12 @@ seeds and evaluations may be added.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from w2r2_ds.config.options import dotted
 from w2r2_ds.config.schema import RunConfig
 from w2r2_ds.data.prepared_set import MANIFEST, read_manifest
 from w2r2_ds.models.weights.weights_hash import weights_identity
@@ -28,7 +29,7 @@ OF_A_RUN = ("out", "resume", "train.seed")
 
 def shared_values(base: RunConfig, deepspeed: str, plugins: Iterable[str]) -> dict[str, Any]:
     """What all runs share, with dotted names: configuration, DeepSpeed JSON and plug-ins."""
-    config = {name: value for name, value in _dotted(asdict(base), "") if name not in OF_A_RUN}
+    config = {name: value for name, value in dotted(asdict(base)) if name not in OF_A_RUN}
     return {**config, "deepspeed": load_ds_config(deepspeed), "plugins": list(plugins)}
 
 
@@ -117,11 +118,3 @@ def check_identity(
             wanted[key] = found[key] | wanted[key]
     make_folder(out)
     atomic_io.replace(file, json.dumps(wanted, indent=2) + "\n")
-
-
-def _dotted(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            yield from _dotted(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

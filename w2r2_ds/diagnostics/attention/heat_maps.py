@@ -9,8 +9,9 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from w2r2_ds.data.frames.projection import clipped_corners
-from w2r2_ds.data.frames.token_rays import scene_folder, scene_intrinsic, token_points
+from w2r2_ds.data.frames.token_rays import scene_intrinsic, token_points
 from w2r2_ds.data.images import load_frame
+from w2r2_ds.data.sources.frame_files import scene_folder
 from w2r2_ds.data.visual_inputs import VisualPreprocessor
 from w2r2_ds.diagnostics.attention.anchors import AnchorRecord
 from w2r2_ds.diagnostics.attention.target_tokens import hull_outline

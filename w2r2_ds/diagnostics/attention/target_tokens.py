@@ -6,8 +6,9 @@ import numpy as np
 from scipy.spatial import ConvexHull, QhullError
 
 from w2r2_ds.data.frames.projection import clipped_corners
-from w2r2_ds.data.frames.token_rays import scene_folder, scene_intrinsic, token_points
+from w2r2_ds.data.frames.token_rays import scene_intrinsic, token_points
 from w2r2_ds.data.images import frame_size
+from w2r2_ds.data.sources.frame_files import scene_folder
 from w2r2_ds.data.visual_inputs import VisualPreprocessor
 from w2r2_ds.types.sample import Sample
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import logging
 import math
 from collections.abc import Mapping
@@ -15,6 +13,7 @@ from plotly.graph_objects import Figure
 
 from w2r2_ds.diagnostics.attention.anchors import PASSES
 from w2r2_ds.report.collect import title_of
+from w2r2_ds.report.data_uri import jpeg_uri
 from w2r2_ds.report.diagnosis.parts import (
     FUSED_COLOR,
     ZERO_COLOR,
@@ -100,9 +99,7 @@ def _heat_map(folder: Path, path: str, sample: str, records: Mapping[str, Mappin
             picture = image.convert("RGB")
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"the heat map {file} cannot be read ({error}).") from None
-    buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=QUALITY)
-    uri = "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+    uri = jpeg_uri(picture, QUALITY)
     anchors = ", ".join(f"{PASS_STYLES[name][0]} {_anchor(record)}" for name, record in records.items())
     return HeatMap(f"{sample}. Anchor: {anchors}", uri, picture.width, picture.height)
 

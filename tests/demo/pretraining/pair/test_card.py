@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from w2r2_ds.demo.pretraining.pair.card import CARD, SHORT, TEXT, card_text, file_hashes, short_run
+from w2r2_ds.demo.pretraining.card_files import CARD, TEXT, file_hashes
+from w2r2_ds.demo.pretraining.pair.card import SHORT, card_text, short_run
 from w2r2_ds.models.weights.loading import load_tokenizer, load_vlm
 
 

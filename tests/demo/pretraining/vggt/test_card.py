@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from w2r2_ds.demo.pretraining.pair.card import CARD, TEXT
+from w2r2_ds.demo.pretraining.card_files import CARD, TEXT
 from w2r2_ds.demo.pretraining.vggt import card
 from w2r2_ds.demo.pretraining.vggt.errors import VGGTErrors
 from w2r2_ds.demo.pretraining.vggt.initialise import CONFIG

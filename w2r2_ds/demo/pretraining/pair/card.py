@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import platform
 from collections.abc import Mapping
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import Qwen2Tokenizer
 
+from w2r2_ds.demo.pretraining.card_files import machine_text, origin, write_files
 from w2r2_ds.demo.pretraining.pair.rooms.room_set import make_rooms
 from w2r2_ds.demo.pretraining.pair.run import Pretraining
 from w2r2_ds.demo.pretraining.pair.settings import IMAGE_SIZE, MERGER_HIDDEN, SAMPLE_FRAMES, Settings
 from w2r2_ds.demo.pretraining.record import FIRST, StageRecord
 
-CARD, TEXT = "card.json", "card.md"
 SHORT = Settings(
     train_rooms=4,
     val_rooms=1,
@@ -53,28 +48,6 @@ def short_run(tokenizer: Qwen2Tokenizer) -> dict[str, list[dict[str, float]]]:
         torch.set_num_threads(threads)
 
 
-def machine() -> dict[str, Any]:
-    """Cores and instruction set of this machine, without its name."""
-    names = {
-        line.partition(":")[2].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if line.startswith("model name")
-    }
-    return {
-        "cpu": ", ".join(sorted(names)),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "instructions": torch.backends.cpu.get_cpu_capability(),
-        "system": f"{platform.system()} {platform.machine()}",
-    }
-
-
-def file_hashes(folder: Path) -> dict[str, str]:
-    """Path in the folder -> SHA-256, for all files except the card itself."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in (CARD, TEXT))
-    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-
-
 def write_card(
     folder: Path, settings: Settings, records: Mapping[str, Any], scores: Mapping[str, Any], tokenizer: Qwen2Tokenizer
 ) -> None:
@@ -92,12 +65,9 @@ def write_card(
         "stages": dict(records),
         "scores": dict(scores),
         "short_run": {"settings": asdict(SHORT), "losses": short_run(tokenizer)},
-        "machine": machine(),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in _LIBRARIES}},
-        "files": file_hashes(folder),
+        **origin(folder, _LIBRARIES),
     }
-    (folder / CARD).write_text(json.dumps(card, indent=1) + "\n")
-    (folder / TEXT).write_text(card_text(card))
+    write_files(folder, card, card_text(card))
 
 
 def _seconds(card: Mapping[str, Any]) -> float:
@@ -112,14 +82,14 @@ def card_text(card: Mapping[str, Any]) -> str:
         for task, modes in card["scores"].items()
         for mode, values in modes.items()
     ]
-    size, where = f"{IMAGE_SIZE[0]} x {IMAGE_SIZE[1]}", card["machine"]
+    size = f"{IMAGE_SIZE[0]} x {IMAGE_SIZE[1]}"
     return _TEXT.format(
         s=settings,
         size=size,
         frames=SAMPLE_FRAMES,
         merger=MERGER_HIDDEN,
         minutes=round(_seconds(card) / 60),
-        cpu=f"{where['cpu']}, {where['threads']} thread(s), {where['instructions']}",
+        cpu=machine_text(card),
         rows="\n".join(rows),
     )
 

@@ -19,9 +19,9 @@ from w2r2_ds.demo.pretraining.pair.prompts import Prompts
 from w2r2_ds.demo.pretraining.pair.rooms.room_set import RoomSet, load_rooms, make_rooms, save_rooms
 from w2r2_ds.demo.pretraining.pair.rooms.views import RoomData
 from w2r2_ds.demo.pretraining.pair.settings import Settings
-from w2r2_ds.demo.pretraining.pair.stages.dense_boxes import BoxHead, DenseBoxTrainer, train_boxes
-from w2r2_ds.demo.pretraining.pair.stages.questions import QuestionTrainer, train_questions
-from w2r2_ds.demo.pretraining.pair.stages.tower import TowerTrainer, accuracy, encode_rooms, train_tower
+from w2r2_ds.demo.pretraining.pair.stages.dense_boxes import BoxHead, DenseBoxTrainer
+from w2r2_ds.demo.pretraining.pair.stages.questions import QuestionTrainer
+from w2r2_ds.demo.pretraining.pair.stages.tower import TowerTrainer, accuracy, encode_rooms, scale_outputs
 from w2r2_ds.demo.pretraining.record import StageRecord
 from w2r2_ds.models.patch_embedding import use_matrix_products
 from w2r2_ds.utils.files import atomic_io
@@ -72,23 +72,27 @@ class Pretraining:
 
     def run_tower(self, record: StageRecord) -> None:
         """Stage 1. Weights are shipped in bfloat16, so the next stages get the rounded tower."""
-        tower = self.vlm.model.visual
-        train_tower(TowerTrainer(tower, self.words, self.train, self.settings), record.add)
+        tower, steps = self.vlm.model.visual, self.settings.tower_steps
+        record.run(TowerTrainer(tower, self.words, self.train, self.settings).step, steps)
+        scale_outputs(tower)
         round_to_bfloat16(tower)
-        record.add_scores(self.settings.tower_steps, accuracy(tower, self.words, self.val))
+        record.add_scores(steps, accuracy(tower, self.words, self.val))
 
     def run_boxes(self, record: StageRecord) -> None:
         """Stage 2."""
-        train_boxes(DenseBoxTrainer(self.pair, self.head, self.data("train"), self.settings), record.add)
+        trainer = DenseBoxTrainer(self.pair, self.head, self.data("train"), self.settings)
+        record.run(trainer.step, self.settings.box_steps)
 
     def run_questions(self, record: StageRecord) -> None:
         """Stage 3."""
-        train, val = self.data("train"), self.data("val")
-
-        def report_scores(step: int) -> None:
-            record.add_scores(step, evaluate(self.pair, val, "grounding", COURSE_QUESTIONS))
-
-        train_questions(QuestionTrainer(self.pair, self.head, train, self.settings), record.add, report_scores)
+        val = self.data("val")
+        trainer = QuestionTrainer(self.pair, self.head, self.data("train"), self.settings)
+        record.run(
+            trainer.step,
+            self.settings.question_steps,
+            lambda: evaluate(self.pair, val, "grounding", COURSE_QUESTIONS),
+            self.settings.eval_every,
+        )
 
     def stages(self) -> dict[str, Callable[[StageRecord], None]]:
         """Name -> stage, in order."""

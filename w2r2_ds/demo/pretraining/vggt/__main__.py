@@ -27,8 +27,7 @@ def main(args: list[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     settings = VGGTSettings()
     trainer, record = VGGTTrainer(settings, RoomViews(settings.seed, "train")), StageRecord("vggt", every=50)
-    for step in range(settings.steps):
-        record.add(step, trainer.step(step))
+    record.run(trainer.step, settings.steps)
     save_vggt(trainer.vggt.to(torch.bfloat16), options.out)
     write_card(options.out, settings, record.as_json())
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import platform
 from collections.abc import Mapping
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from w2r2_ds.demo.pretraining.pair.card import CARD, TEXT, file_hashes, machine
+from w2r2_ds.demo.pretraining.card_files import machine_text, origin, write_files
 from w2r2_ds.demo.pretraining.vggt.errors import baseline, evaluate
 from w2r2_ds.demo.pretraining.vggt.room_views import IMAGE_SIZE, VIEWS, Choice, RoomViews, ViewBatch
 from w2r2_ds.demo.pretraining.vggt.scenes import NEAR, SPREAD, VGGTSettings
@@ -41,12 +38,9 @@ def write_card(folder: Path, settings: VGGTSettings, record: Mapping[str, Any]) 
         "settings": asdict(settings),
         **record,
         "errors": {name: errors(vggt, settings.seed, views) for name, views in (("spread", SPREAD), ("near", NEAR))},
-        "machine": machine(),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in _LIBRARIES}},
-        "files": file_hashes(folder),
+        **origin(folder, _LIBRARIES),
     }
-    (folder / CARD).write_text(json.dumps(card, indent=1) + "\n")
-    (folder / TEXT).write_text(card_text(card))
+    write_files(folder, card, card_text(card))
 
 
 def errors(vggt: VGGT, seed: int, views: tuple[int, ...]) -> dict[str, dict[str, float]]:
@@ -64,7 +58,6 @@ def view_batch(rooms: RoomViews, views: tuple[int, ...], indices: range) -> View
 
 def card_text(card: Mapping[str, Any]) -> str:
     """The text of ``card.md``."""
-    where = card["machine"]
     rows = [
         f"| {views} | {predicted} | " + " | ".join(f"{value:.3g}" for value in values.values()) + " |"
         for views, found in card["errors"].items()
@@ -78,7 +71,7 @@ def card_text(card: Mapping[str, Any]) -> str:
         degrees=360 // VIEWS,
         val=VAL_ROOMS,
         minutes=round(card["seconds"] / 60),
-        cpu=f"{where['cpu']}, {where['threads']} thread(s), {where['instructions']}",
+        cpu=machine_text(card),
         rows="\n".join(rows),
     )
 

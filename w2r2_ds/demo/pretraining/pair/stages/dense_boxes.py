@@ -7,7 +7,7 @@ out that geometry matters. The head is dropped after the pretraining.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -101,17 +101,3 @@ class DenseBoxTrainer:
             optimizer.step()
             optimizer.zero_grad()
         return {"boxes": float(loss.detach())}
-
-
-def train_boxes(
-    trainer: DenseBoxTrainer, report: Callable[[int, dict[str, float]], None], steps: int | None = None
-) -> None:
-    """Run stage 2.
-
-    Args:
-        trainer: the stage.
-        report: function called after every step with its number, from 0, and its losses.
-        steps: number of steps; None for those of the settings.
-    """
-    for number in range(trainer.settings.box_steps if steps is None else steps):
-        report(number, trainer.step(number))

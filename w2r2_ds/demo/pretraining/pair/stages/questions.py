@@ -6,7 +6,7 @@ demo, which the first image tells.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -193,23 +193,3 @@ class QuestionTrainer:
             view = draw_view(self.data, self.rng, demo_frame=not geometry)
             if len(targets(self.data, view)):
                 return view
-
-
-def train_questions(
-    trainer: QuestionTrainer,
-    report: Callable[[int, dict[str, float]], None],
-    evaluate: Callable[[int], None],
-    steps: int | None = None,
-) -> None:
-    """Run stage 3.
-
-    Args:
-        trainer: the stage.
-        report: function called after every step with its number, from 0, and its losses.
-        evaluate: function called after every `Settings.eval_every` steps with the number of steps.
-        steps: number of steps; None for those of the settings.
-    """
-    for number in range(trainer.settings.question_steps if steps is None else steps):
-        report(number, trainer.step(number))
-        if (number + 1) % trainer.settings.eval_every == 0:
-            evaluate(number + 1)

@@ -7,7 +7,6 @@ and a monocular depth and box.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -236,19 +235,9 @@ def accuracy(tower: nn.Module, words: tuple[Tensor, Tensor], rooms: RoomSet) -> 
     return {kind: float(np.concatenate(values).mean()) for kind, values in right.items()}
 
 
-def train_tower(
-    trainer: TowerTrainer, report: Callable[[int, dict[str, float]], None], steps: int | None = None
-) -> None:
-    """Run stage 1 and scale the outputs by `FINAL_SCALE`.
-
-    Args:
-        trainer: the stage.
-        report: function called after every step with its number, from 0, and its losses.
-        steps: number of steps; None for those of the settings.
-    """
-    for number in range(trainer.settings.tower_steps if steps is None else steps):
-        report(number, trainer.step(number))
-    last = trainer.tower.merger.mlp[2]
-    with torch.no_grad():
-        last.weight *= FINAL_SCALE
-        last.bias *= FINAL_SCALE
+@torch.no_grad()
+def scale_outputs(tower: Any) -> None:
+    """Scale the outputs of the trained tower by `FINAL_SCALE`, in place."""
+    last = tower.merger.mlp[2]
+    last.weight *= FINAL_SCALE
+    last.bias *= FINAL_SCALE

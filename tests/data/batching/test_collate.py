@@ -12,7 +12,7 @@ from PIL import Image
 
 from encoder_inputs import geometry_images, pixel_values
 from w2r2_ds.data.answer_tokens import MAX_NUMBERS
-from w2r2_ds.data.collate import dummy_visuals
+from w2r2_ds.data.batching.collate import dummy_visuals
 from w2r2_ds.data.loader import make_collate, make_processor, prompt_loader
 from w2r2_ds.types.batch import map_tensors
 

@@ -11,7 +11,7 @@ import torch
 
 from packed_batches import packed_of, questions
 from two_scenes import two_scenes
-from w2r2_ds.data.scene_pairs import check_two_scenes, next_of_another_scene
+from w2r2_ds.data.batching.scene_pairs import check_two_scenes, next_of_another_scene
 
 
 @pytest.mark.parametrize(

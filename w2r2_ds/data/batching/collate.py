@@ -13,8 +13,7 @@ from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 from w2r2_ds.data.answer_labels import collate_answer_positions, collate_description_positions
-from w2r2_ds.data.frames.anchor_inputs import AnchorCollator
-from w2r2_ds.data.packing import (
+from w2r2_ds.data.batching.packing import (
     Group,
     Grouping,
     pack_position_ids,
@@ -23,8 +22,9 @@ from w2r2_ds.data.packing import (
     padded_layout,
     separate_groups,
 )
+from w2r2_ds.data.batching.scene_pairs import pair_scenes
+from w2r2_ds.data.frames.anchor_inputs import AnchorCollator
 from w2r2_ds.data.processor import Features
-from w2r2_ds.data.scene_pairs import pair_scenes
 from w2r2_ds.models.family import VlmFamily
 from w2r2_ds.models.frame_pixels import even_size
 from w2r2_ds.types.batch import Batch, Layout, Prompts, Tokens, Visuals

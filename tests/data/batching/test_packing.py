@@ -12,9 +12,9 @@ import torch
 from encoder_inputs import pixel_values
 from packed_batches import packed_of, questions
 from w2r2_ds.config.io import DEMO_RECIPE, load_config
+from w2r2_ds.data.batching.packing import groups_by_frames, packed_layout, separate_groups
 from w2r2_ds.data.dataset import check_frames_are_shared
 from w2r2_ds.data.loader import make_collate, make_processor
-from w2r2_ds.data.packing import groups_by_frames, packed_layout, separate_groups
 
 
 @pytest.fixture(scope="module")
