@@ -16,7 +16,7 @@ from w2r2_ds.config.schema import GeometryConfig
 from w2r2_ds.data import images
 from w2r2_ds.data.images import load_frame
 from w2r2_ds.data.loader import make_processor
-from w2r2_ds.data.validate import check_depth, check_frames, check_sample_texts
+from w2r2_ds.data.validate import check_frames, check_geometry_files, check_sample_texts
 from w2r2_ds.models.geometry.encoder import geometry_spec
 
 
@@ -61,18 +61,18 @@ def test_depth_is_checked_for_encoders_of_point_maps(
         geometry_spec(GeometryConfig(name="point_map", reference_frame=frame))  # type: ignore[arg-type]
         for frame in ("world", "camera")
     )
-    assert [check_depth([sample], "point_map", world, rank, 3) for rank in range(3)] == [2, 1, 1]
-    assert check_depth([sample, sample], "point_map", camera) == 4
-    assert check_depth([sample], "vggt", geometry_spec(model_config.geometry)) == 0
+    assert [check_geometry_files([sample], "point_map", world, rank, 3) for rank in range(3)] == [2, 1, 1]
+    assert check_geometry_files([sample, sample], "point_map", camera) == 4
+    assert check_geometry_files([sample], "vggt", geometry_spec(model_config.geometry)) == 0
     sample.frames[2].with_suffix(".txt").unlink()
-    assert check_depth([sample], "point_map", camera) == 4
+    assert check_geometry_files([sample], "point_map", camera) == 4
     with pytest.raises(ValueError, match=r"model\.geometry\.name point_map .*pose.*00002\.txt"):
-        check_depth([sample], "point_map", world)
-    assert check_depth([sample], "point_map", world, 1, 2) == 2, "of another rank"
+        check_geometry_files([sample], "point_map", world)
+    assert check_geometry_files([sample], "point_map", world, 1, 2) == 2, "of another rank"
     sample.frames[0].with_suffix(".png").unlink()
     for spec in (world, camera):
         with pytest.raises(ValueError, match=r"model\.geometry\.name point_map .*depth.*00000\.png"):
-            check_depth([sample], "point_map", spec, 0, 2)
+            check_geometry_files([sample], "point_map", spec, 0, 2)
 
 
 def test_ranks_split_the_files_and_one_raises_for_a_bad_file(samples: list[Any], tmp_path: Path) -> None:

@@ -213,7 +213,7 @@ def test_vision_tower_sizes_come_from_the_family(stacked: ModelConfig, monkeypat
     grid = torch.randn(1, 5, 6, model.geometry.spec.feature_dim)
     monkeypatch.setattr(model.geometry, "encode", lambda images: grid)
     images = torch.zeros(1, 3, 70, 84, dtype=torch.uint8)
-    visuals: Any = SimpleNamespace(cached_3d=(), geometry_frames=(images,), metric_depth=(), kind="image")
+    visuals: Any = SimpleNamespace(cached_3d=(), geometry_frames=(images,), scale_reference=(), kind="image")
     (features,) = model.encode_3d(visuals)
     assert features.shape[1:3] == (9, 12), "70 x 84 pixels hold 10 x 12 patches of 7, in cells of 3 x 3"
 

@@ -16,6 +16,7 @@ from pydantic_core import ArgsKwargs
 
 from w2r2_ds.config.numbers import MAX_NUMBER, check_numbers
 from w2r2_ds.config.safe_text import check_config_texts
+from w2r2_ds.types.geometry import ScaleHint
 
 STRICT = ConfigDict(extra="forbid")
 
@@ -151,14 +152,15 @@ class GeometryConfig:
             order, an option of VG-LLM. point_map also has world, the axis-aligned world of the labels, and camera, the
             camera of every frame for its own points.
         scale_hint: metric scale of the scene, which VGGT's geometry lacks, as additional channels of its features.
-            depth is the ratio of depth images to VGGT's predicted depth, needs its depth head and depth images.
+            depth is the ratio of depth images to VGGT's predicted depth, poses that of the distances between camera
+            centres; they need its depth head and depth images, or its camera head and camera poses.
     """
 
     name: str = "vggt"
     path: str = "facebook/VGGT-1B"
     layers: Annotated[list[NonNegativeInt], Field(min_length=1)] = field(default_factory=lambda: [22])
     reference_frame: Literal["first", "last", "world", "camera"] = "first"
-    scale_hint: Literal["none", "depth"] = "none"
+    scale_hint: ScaleHint = "none"
 
     @model_validator(mode="before")
     @classmethod

@@ -73,12 +73,12 @@ def sample_bytes(
 
 
 def point_map_bytes(frames: Sequence[Path], config: DataConfig, geometry: GeometrySpec | None) -> int:
-    """Bytes of a sample's point maps or metric depth; 0 for an encoder of images alone, those of the vision tower."""
-    if geometry is None or (geometry.point_maps is None and not geometry.needs_depth):
+    """Bytes of a sample's point maps or scale reference; 0 for an encoder of images alone, which are the tower's."""
+    if geometry is None or (geometry.point_maps is None and geometry.scale_hint == "none"):
         return 0
     width, height = fitted_size([frame_size(frames[0])], config.frame_width, geometry.patch_size, config.frame_fit)
     if geometry.point_maps is None:
-        return FLOAT32_BYTES * len(frames) * math.prod(geometry.grid(height, width))
+        return FLOAT32_BYTES * math.prod(geometry.scale_reference_shape(len(frames), height, width) or (0,))
     return FLOAT32_BYTES * math.prod(geometry.point_map_shape(len(frames), height, width))
 
 

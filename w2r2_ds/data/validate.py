@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -12,7 +12,7 @@ from w2r2_ds.config.schema import GeometryAugmentationConfig
 from w2r2_ds.data.frames.geometry_augmentation import with_longest_numbers
 from w2r2_ds.data.images import THREADS, check_frame, frame_size
 from w2r2_ds.data.processor import Processor, SequenceTooLong
-from w2r2_ds.data.sources.depth_frames import check_depth_frame
+from w2r2_ds.data.sources.depth_frames import check_depth_frame, raw_pose
 from w2r2_ds.data.visual_inputs import VisualPreprocessor
 from w2r2_ds.types.geometry import GeometrySpec
 from w2r2_ds.types.sample import Sample
@@ -48,10 +48,10 @@ def check_frames(samples: Sequence[Sample], rank: int = 0, world_size: int = 1) 
     return len(files)
 
 
-def check_depth(
+def check_geometry_files(
     samples: Sequence[Sample], name: str, geometry: GeometrySpec, rank: int = 0, world_size: int = 1
 ) -> int:
-    """Check depth images, poses and intrinsics of the distinct frames, if the geometry encoder needs them.
+    """Check depth images, intrinsics and poses of the distinct frames, as far as the geometry encoder needs them.
 
     Args:
         samples: samples whose frames have passed `check_frames`.
@@ -64,20 +64,22 @@ def check_depth(
         The number of frames that this rank checked; 0 for an encoder of images without scale hint.
 
     Raises:
-        ValueError: a file is missing or cannot be used; the message names the first one and the encoder.
+        ValueError: a file is missing or cannot be used; the message names the first one, and the option that needs it.
     """
-    spec = geometry.point_maps
-    if spec is None and not geometry.needs_depth:
+    spec, hint = geometry.point_maps, geometry.scale_hint
+    if spec is None and hint == "none":
         return 0
     files, needs_poses = _own_frames(samples, rank, world_size), spec is not None and spec.needs_poses
-    check = partial(check_depth_frame, with_pose=needs_poses)
+    check: Callable[[Path], object] = partial(check_depth_frame, with_pose=needs_poses)
+    needed = "a depth image and a camera pose" if needs_poses else "a depth image"
+    if hint == "poses":
+        check, needed = raw_pose, "a camera pose"
     try:
         with ThreadPoolExecutor(THREADS) as pool:
             for _ in pool.map(check, files):
                 pass
     except ValueError as error:
-        option = "model.geometry.scale_hint" if spec is None else f"model.geometry.name {name}"
-        needed = "a depth image and a camera pose" if needs_poses else "a depth image"
+        option = f"model.geometry.scale_hint {hint}" if spec is None else f"model.geometry.name {name}"
         raise ValueError(f"{option} needs {needed} of every frame: {error}") from error
     return len(files)
 

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from w2r2_ds.config.schema import DataConfig
-from w2r2_ds.data.frames.point_maps import load_metric_depth, load_point_maps
+from w2r2_ds.data.frames.point_maps import load_point_maps
+from w2r2_ds.data.frames.scale_reference import load_scale_reference, scale_files
 from w2r2_ds.data.images import (
     Placement,
     fitted_size,
@@ -22,7 +23,6 @@ from w2r2_ds.data.images import (
     place_frame,
     stack_frames,
 )
-from w2r2_ds.data.sources.depth_frames import find_depth_frame
 from w2r2_ds.features.lookup import CacheLookup, FeatureCache
 from w2r2_ds.models.family import VlmFamily
 from w2r2_ds.models.frame_pixels import even_size
@@ -44,8 +44,8 @@ class VisualInputs:
         geometry_frames: the geometry encoder's input: the same tensor as `tower_frames` (except in experiments), or
             point maps ``[frames, rows, columns, points, 3]`` float32. None without frames, or if `cached_3d` has the
             encoder's output.
-        metric_depth: ``[frames, rows, columns]`` float32 depth at the centres of the geometry encoder's patches; None
-            without a scale hint, without frames, or if `cached_3d` has the encoder's output.
+        scale_reference: metric lengths for the scale hint (`Visuals.scale_reference`); None without a scale hint,
+            without frames, or if `cached_3d` has the encoder's output.
         cached_2d: cache lookup of the vision tower's output; None without a cache of 2D features.
         cached_3d: cache lookup of the geometry features; None without a cache.
     """
@@ -55,7 +55,7 @@ class VisualInputs:
     geometry_frames: torch.Tensor | None
     cached_2d: CacheLookup | None = None
     cached_3d: CacheLookup | None = None
-    metric_depth: torch.Tensor | None = None
+    scale_reference: torch.Tensor | None = None
 
     def is_outdated(self) -> bool:
         """Whether features that the cache lacked at lookup have been written since."""
@@ -130,14 +130,14 @@ class VisualPreprocessor:
         tower_size = self._tower_size(sample.frames, width, height)
         geometry_frames = frames if self.geometry.point_maps is None else self._point_maps(sample.frames, width, height)
         has_3d = cached_3d is not None and cached_3d.features is not None
-        needs_depth = self.geometry.needs_depth and not has_3d
+        needs_reference = self.geometry.scale_hint != "none" and not has_3d
         return VisualInputs(
             tower_frames=frames if cached_2d is None or cached_2d.features is None else None,
             grid_thw=self._grid(sample, tower_size),
             geometry_frames=None if has_3d else geometry_frames,
             cached_2d=cached_2d,
             cached_3d=cached_3d,
-            metric_depth=self._metric_depth(sample.frames, width, height) if needs_depth else None,
+            scale_reference=self._scale_reference(sample.frames, width, height) if needs_reference else None,
         )
 
     def find_3d(self, frames: Sequence[Path]) -> CacheLookup | None:
@@ -145,10 +145,8 @@ class VisualPreprocessor:
         return self.cache.find_3d(self.geometry_files(frames)) if self.cache else None
 
     def geometry_files(self, frames: Sequence[Path]) -> list[Path]:
-        """The files that determine geometry features: the frames, and with a scale hint their depth images."""
-        if not self.geometry.needs_depth:
-            return list(frames)
-        return [*frames, *(find_depth_frame(path, with_pose=False).depth for path in frames)]
+        """The files that determine geometry features: the frames, and with a scale hint their depth images or poses."""
+        return [*frames, *scale_files(frames, self.geometry)]
 
     def _load(self, paths: Sequence[Path]) -> list[np.ndarray]:
         """Decoded and resized frames ``uint8 [H, W, 3]``, in order; raises the error of the first bad file."""
@@ -162,10 +160,10 @@ class VisualPreprocessor:
         placements = self._placements(paths, width, height)
         return torch.from_numpy(load_point_maps(paths, placements, (width, height), self.geometry, self.threads))
 
-    def _metric_depth(self, paths: Sequence[Path], width: int, height: int) -> torch.Tensor:
-        """`VisualInputs.metric_depth` of frames that were resized and stacked to `width` x `height` pixels."""
+    def _scale_reference(self, paths: Sequence[Path], width: int, height: int) -> torch.Tensor:
+        """`VisualInputs.scale_reference` of frames that were resized and stacked to `width` x `height` pixels."""
         placements = self._placements(paths, width, height)
-        return torch.from_numpy(load_metric_depth(paths, placements, (width, height), self.geometry, self.threads))
+        return torch.from_numpy(load_scale_reference(paths, placements, (width, height), self.geometry, self.threads))
 
     def _placements(self, paths: Sequence[Path], width: int, height: int) -> list[Placement]:
         return [place_frame(frame_size(path), (width, height), *self.fit) for path in paths]

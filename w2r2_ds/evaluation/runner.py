@@ -19,7 +19,7 @@ from w2r2_ds.data.loader import make_processor, prompt_loader
 from w2r2_ds.data.mixture import Mixture
 from w2r2_ds.data.prepare.notes import preparation_notes
 from w2r2_ds.data.prepared_set import PreparedSet
-from w2r2_ds.data.validate import check_depth, check_frames, check_sample_texts
+from w2r2_ds.data.validate import check_frames, check_geometry_files, check_sample_texts
 from w2r2_ds.evaluation import generate
 from w2r2_ds.evaluation.conditions import Condition, SampleProcessor, find_condition
 from w2r2_ds.evaluation.datasets import all_samples, describe_sets, find_sets
@@ -136,7 +136,7 @@ def evaluate(
     check_frames(samples, ranks.rank, ranks.world_size)
     with evaluation_lock(out, name, ranks):
         frontend = with_cache(load_frontend(config.model), config)
-        check_depth(samples, config.model.geometry.name, frontend.geometry, ranks.rank, ranks.world_size)
+        check_geometry_files(samples, config.model.geometry.name, frontend.geometry, ranks.rank, ranks.world_size)
         check_sample_texts(
             samples, make_processor(frontend, config.data), ranks.rank, ranks.world_size, with_answer=False
         )

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from w2r2_ds.data.frames.point_maps import load_metric_depth, load_point_maps
+from w2r2_ds.data.frames.point_maps import load_point_maps
+from w2r2_ds.data.frames.scale_reference import load_scale_reference
 from w2r2_ds.data.images import Placement, frame_size, load_frame
 from w2r2_ds.data.processor import Features
 from w2r2_ds.types.geometry import GeometrySpec
@@ -111,10 +112,10 @@ def with_geometry_of(features: Features, frames: Sequence[Path], geometry: Geome
         replaced = np.stack([pixels[path] for path in frames])  # [frames, 3, height, width]
     else:
         replaced = load_point_maps(frames, placements, (width, height), geometry)
-    depth = None
-    if geometry.needs_depth:
-        depth = torch.from_numpy(load_metric_depth(frames, placements, (width, height), geometry))
-    visual = dataclasses.replace(inputs, geometry_frames=torch.from_numpy(replaced), metric_depth=depth)
+    reference = None
+    if geometry.scale_hint != "none":
+        reference = torch.from_numpy(load_scale_reference(frames, placements, (width, height), geometry))
+    visual = dataclasses.replace(inputs, geometry_frames=torch.from_numpy(replaced), scale_reference=reference)
     return dataclasses.replace(features, visual=visual)
 
 

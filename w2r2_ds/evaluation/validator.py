@@ -21,7 +21,7 @@ from w2r2_ds.data.dataset import load_mixture
 from w2r2_ds.data.loader import make_processor, prompt_loader
 from w2r2_ds.data.prepare.notes import preparation_notes
 from w2r2_ds.data.reraising_loader import ReraisingDataLoader
-from w2r2_ds.data.validate import check_depth, check_frames, check_sample_texts
+from w2r2_ds.data.validate import check_frames, check_geometry_files, check_sample_texts
 from w2r2_ds.evaluation.predictions.record import record_of
 from w2r2_ds.evaluation.protocols.records import AnswerRecord
 from w2r2_ds.evaluation.protocols.registry import find_protocol, number_at
@@ -71,7 +71,7 @@ class AnswerValidation:
                 "to 0."
             )
         check_frames(self.samples, rank, world_size)
-        check_depth(self.samples, config.model.geometry.name, frontend.geometry, rank, world_size)
+        check_geometry_files(self.samples, config.model.geometry.name, frontend.geometry, rank, world_size)
         check_sample_texts(self.samples, make_processor(frontend, config.data), rank, world_size, with_answer=False)
         self.max_new_tokens, self.tokenizer, self.device = config.train.eval_max_new_tokens, frontend.tokenizer, device
         self.about = f"{len(self.samples)} samples {samples_sha256(self.samples)}, {self.max_new_tokens} tokens"

@@ -46,7 +46,8 @@ def geometry_identity(data: DataConfig, model: ModelConfig) -> str:
     """Hash of the geometry encoder, its options and its pre-processing; equal for all frames."""
     geometry, encoder = model.geometry, GEOMETRY_ENCODERS.find(model.geometry.name)
     spec = asdict(encoder.read_spec(geometry))
-    del spec["scale_channels"]  # part of feature_dim; without it, keys of features without hint stay as they were
+    # Part of feature_dim and of the encoder's identity; without them, keys of features without hint stay as they were.
+    del spec["scale_channels"], spec["scale_hint"]
     fields = {
         "kind": "geometry",
         "encoder": geometry.name,

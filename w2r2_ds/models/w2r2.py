@@ -122,14 +122,14 @@ class W2R2(nn.Module):
         """
         features = []
         cached_3d = visuals.cached_3d or (None,) * len(visuals.geometry_frames)
-        depths = visuals.metric_depth or (None,) * len(visuals.geometry_frames)
+        references = visuals.scale_reference or (None,) * len(visuals.geometry_frames)
         # One call per frame set: the encoder attends over all frames of a call, which must belong to one scene.
-        for cached, frames, depth in zip(cached_3d, visuals.geometry_frames, depths, strict=True):
+        for cached, frames, reference in zip(cached_3d, visuals.geometry_frames, references, strict=True):
             if cached is not None and cached.features is not None:
                 features.append(cached.features)
                 continue
             assert frames is not None, "the collator keeps the frames of uncached samples"
-            features.append(self.geometry.encode_frames(frames, depth))
+            features.append(self.geometry.encode_frames(frames, reference))
             if cached is not None:
                 cached.write_async(features[-1])
         # A temporal patch of a video covers two frames, a geometry feature one frame.

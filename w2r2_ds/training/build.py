@@ -28,7 +28,7 @@ from w2r2_ds.data.mixture import Mixture
 from w2r2_ds.data.prepare.notes import preparation_notes
 from w2r2_ds.data.reraising_loader import ReraisingDataLoader
 from w2r2_ds.data.sampler import GlobalBatchSampler
-from w2r2_ds.data.validate import check_depth, check_frames, check_sample_texts, describe_frames
+from w2r2_ds.data.validate import check_frames, check_geometry_files, check_sample_texts, describe_frames
 from w2r2_ds.kernels.select import check_attention, check_kernels, describe_attention, resolve_dtype
 from w2r2_ds.models.build import VlmFrontend, build_model, load_frontend
 from w2r2_ds.models.family import require_row_attention
@@ -214,7 +214,7 @@ def check_inputs(
     logger.info("training samples: %d, %d in an epoch", len(samples), samples.epoch_size)
     # Each rank checks a part of the samples; an error of one rank is raised on all (`raise_on_all_ranks`).
     check_frames(samples, rank, world_size)
-    check_depth(samples, config.model.geometry.name, frontend.geometry, rank, world_size)
+    check_geometry_files(samples, config.model.geometry.name, frontend.geometry, rank, world_size)
     check_augmentation(config.data.geometry_augmentation, frontend.geometry, samples)
     check_sample_texts(samples, processor, rank, world_size, augmentation=config.data.geometry_augmentation)
     if rank == 0:

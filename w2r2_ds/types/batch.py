@@ -44,9 +44,10 @@ class Visuals:
         geometry_frames: per frame set, the frames for the geometry encoder, usually the same tensors as `tower_frames`;
             for an encoder of point maps, ``[frames, rows, columns, points, 3]`` float32 in place of images. None if
             `cached_3d` has the set's features.
-        metric_depth: per frame set, ``[frames, rows, columns]`` float32 depth in metres at the centre of every patch of
-            the geometry encoder, NaN where none was measured; None without a scale hint, or if `cached_3d` has the
-            features. Empty for inputs of the vision tower only.
+        scale_reference: per frame set, metric lengths for the scale hint, float32, metres. With hint ``depth``,
+            ``[frames, rows, columns]`` depth at the centre of every patch of the geometry encoder, NaN where none was
+            measured; with ``poses``, ``[frames, 3]`` camera centres in the world. None without a scale hint, or if
+            `cached_3d` has the features. Empty for inputs of the vision tower only.
         ids: per frame set, the id of its (first) sample.
         dummy: True for the dummy, a gray image or short video whose tokens are in no sequence.
         cached_3d: per frame set, the cache lookup of its geometry features; empty without a cache.
@@ -64,7 +65,7 @@ class Visuals:
     vision: VisionSpec
     tower_frames: tuple[torch.Tensor, ...]
     geometry_frames: tuple[torch.Tensor | None, ...]
-    metric_depth: tuple[torch.Tensor | None, ...] = ()
+    scale_reference: tuple[torch.Tensor | None, ...] = ()
     ids: tuple[str, ...] = ()
     dummy: bool = False
     cached_3d: tuple[CacheLookup, ...] = ()

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
+
+ScaleHint = Literal["none", "depth", "poses"]
+"""Metric lengths that a geometry encoder compares with its predictions: none, depth, or distances of camera centres."""
 
 
 @dataclass(frozen=True)
@@ -34,18 +38,15 @@ class GeometrySpec:
         feature_dim: channels of a feature, summed over the selected layers.
         point_maps: the point maps that the encoder needs; None for an encoder of images.
         scale_channels: number of the last channels, which code the metric scale of the scene and are equal for all
-            features of a frame set; 0 without a scale hint. With one the encoder needs metric depth.
+            features of a frame set; 0 without a scale hint.
+        scale_hint: metric lengths from which these channels are computed; ``none`` without them.
     """
 
     patch_size: int
     feature_dim: int
     point_maps: PointMapSpec | None = None
     scale_channels: int = 0
-
-    @property
-    def needs_depth(self) -> bool:
-        """Whether the encoder needs the metric depth of its frames besides their images."""
-        return self.scale_channels > 0
+    scale_hint: ScaleHint = "none"
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of the feature grid of a frame of `height` x `width` pixels."""
@@ -55,6 +56,12 @@ class GeometrySpec:
         """Shape ``[frames, rows, columns, k * k, 3]`` of the point maps of frames of `height` x `width` pixels."""
         assert self.point_maps is not None, "the encoder needs images"
         return frames, *self.grid(height, width), self.point_maps.points_per_side**2, 3
+
+    def scale_reference_shape(self, frames: int, height: int, width: int) -> tuple[int, ...] | None:
+        """Shape of the metric lengths for the scale hint (`Visuals.scale_reference`); None without a scale hint."""
+        if self.scale_hint == "none":
+            return None
+        return (frames, *self.grid(height, width)) if self.scale_hint == "depth" else (frames, 3)
 
     def frame_size(self, shape: Sequence[int]) -> tuple[int, int]:
         """Height and width in pixels of the frames, from the shape of the encoder's input for them."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,16 +14,18 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from depth_scenes import with_depth
 from objectives import objective_config
 from w2r2_ds.config.schema import GeometryConfig, ModelConfig, RunConfig
 from w2r2_ds.data.loader import make_collate, make_processor
 from w2r2_ds.data.prepare.features import encode_all
 from w2r2_ds.data.shared_memory import point_map_bytes
-from w2r2_ds.data.validate import check_depth
+from w2r2_ds.data.validate import check_geometry_files
 from w2r2_ds.evaluation.shuffle import ShuffledGeometry
 from w2r2_ds.features.lookup import flush_writes
 from w2r2_ds.models.build import build_model, fingerprint, load_frontend
 from w2r2_ds.models.feature_cache import open_cache
+from w2r2_ds.models.geometry.encoder import geometry_spec
 from w2r2_ds.models.merger_io import load_merger, merger_tensors
 from w2r2_ds.models.vggt.scale_hint import CHANNELS
 from w2r2_ds.objective.scorer import Scorer
@@ -62,7 +65,7 @@ def code_of(features: torch.Tensor) -> torch.Tensor:
 def test_the_loader_gives_the_depth_at_patch_centres(batch_of: Any, depth_samples: list[Any]) -> None:
     batch = batch_of(depth_samples[:2])
     for sample, frames, depth in zip(
-        depth_samples, batch.visuals.geometry_frames, batch.visuals.metric_depth, strict=False
+        depth_samples, batch.visuals.geometry_frames, batch.visuals.scale_reference, strict=False
     ):
         assert (
             depth.shape == (len(frames), frames.shape[2] // 14, frames.shape[3] // 14) and depth.dtype == torch.float32
@@ -72,7 +75,7 @@ def test_the_loader_gives_the_depth_at_patch_centres(batch_of: Any, depth_sample
         assert len(found) > 3 and all(np.isclose(measured, float(value), atol=1e-4).any() for value in found)
     assert (
         batch_of([replace(depth_samples[0], frames=(), cam_to_world=np.zeros((0, 4, 4)))])
-        .visuals.metric_depth[0]
+        .visuals.scale_reference[0]
         .isnan()
         .all()
     )
@@ -137,7 +140,7 @@ def test_cached_features_have_the_hint_of_their_depth_images(
         batch = collate([make_processor(frontend, config)(depth_samples[0], True)])
         result = model.encode_3d(batch.visuals)[0]
         flush_writes()
-        return batch.visuals.geometry_frames == (None,) == batch.visuals.metric_depth, result
+        return batch.visuals.geometry_frames == (None,) == batch.visuals.scale_reference, result
 
     assert [features()[0], features()[0]] == [False, True]
     cached = features()[1]
@@ -175,6 +178,62 @@ def test_a_filled_cache_has_the_hint(
     assert torch.equal(found, model.encode_3d(computed)[0]) and code_of(found)[-1] == 1
 
 
+@pytest.fixture(scope="module")
+def pose_config(hint_config: ModelConfig) -> ModelConfig:
+    return replace(hint_config, geometry=replace(hint_config.geometry, scale_hint="poses"))
+
+
+def test_the_loader_gives_the_camera_centres(
+    pose_config: ModelConfig, data_config: Any, depth_samples: list[Any], tmp_path: Path
+) -> None:
+    """Relative to the first one; no depth images are needed. Shuffled geometry has those of the other scene."""
+    frontend = load_frontend(pose_config)
+    config = data_config()
+    processor, collate = make_processor(frontend, config), make_collate(frontend, config)
+    (chosen,) = with_depth(tmp_path, depth_samples[:1])
+    for path in chosen.frames:
+        path.with_suffix(".png").unlink()
+    found = processor(chosen, True).visual.scale_reference
+    expected = chosen.cam_to_world[:, :3, 3] - chosen.cam_to_world[0, :3, 3]
+    assert found.dtype == torch.float32 and np.abs(expected[1:]).max() > 0.1
+    np.testing.assert_allclose(found.numpy(), expected, atol=1e-6)
+    assert torch.equal(collate([processor(chosen, True)]).visuals.scale_reference[0], found)
+    empty = replace(chosen, frames=(), cam_to_world=np.zeros((0, 4, 4)))
+    dummy = collate([processor(empty, True)]).visuals
+    assert dummy.scale_reference[0].shape == (1, 3) and dummy.scale_reference[0].isnan().all()
+    model = build_model(pose_config, torch.device("cpu"), 1)
+    assert not code_of(model.encode_3d(dummy)[0]).any()
+    other = replace(depth_samples[2], frames=depth_samples[2].frames[:4])
+    shuffled = ShuffledGeometry(processor, frontend.geometry, [chosen, other])
+    assert torch.equal(shuffled(chosen, False).visual.scale_reference, processor(other, False).visual.scale_reference)
+    assert point_map_bytes(chosen.frames, config, frontend.geometry) == 4 * 4 * 3
+
+
+def test_cached_features_have_the_hint_of_their_poses(
+    pose_config: ModelConfig, data_config: Any, depth_samples: list[Any], tmp_path: Path
+) -> None:
+    """Poses times 2 are another key, whose hint is larger by log 2."""
+    (chosen,) = with_depth(tmp_path / "scene", depth_samples[:1])
+    config = data_config(cache=str(tmp_path))
+    frontend = replace(load_frontend(pose_config), cache=open_cache(config, pose_config))
+    model = build_model(pose_config, torch.device("cpu"), 1)
+
+    def features() -> tuple[bool, torch.Tensor]:
+        batch = make_collate(frontend, config)([make_processor(frontend, config)(chosen, True)])
+        result = model.encode_3d(batch.visuals)[0]
+        flush_writes()
+        return batch.visuals.geometry_frames == (None,) == batch.visuals.scale_reference, code_of(result)
+
+    assert [features()[0], features()[0]] == [False, True]
+    first = features()[1]
+    for path in chosen.frames:
+        pose = np.loadtxt(path.with_suffix(".txt"))
+        pose[:3, 3] *= 2
+        np.savetxt(path.with_suffix(".txt"), pose)
+    hit, second = features()
+    assert not hit and second[0] - first[0] == pytest.approx(np.log(2), abs=1e-4) and first[-1] == 1
+
+
 def test_shuffled_geometry_has_the_depth_of_the_other_scene(
     hint_frontend: Any, data_config: Any, depth_samples: list[Any]
 ) -> None:
@@ -182,16 +241,30 @@ def test_shuffled_geometry_has_the_depth_of_the_other_scene(
     first, second = depth_samples[0], replace(depth_samples[2], frames=depth_samples[2].frames[:4])
     shuffled = ShuffledGeometry(plain, hint_frontend.geometry, [first, second])
     assert torch.equal(
-        shuffled(first, False).visual.metric_depth.nan_to_num(-1),
-        plain(second, False).visual.metric_depth.nan_to_num(-1),
+        shuffled(first, False).visual.scale_reference.nan_to_num(-1),
+        plain(second, False).visual.scale_reference.nan_to_num(-1),
     )
 
 
 def test_depth_images_are_checked_at_start(hint_frontend: Any, samples: list[Any], depth_samples: list[Any]) -> None:
     """Not the poses, which the hint does not use."""
-    assert check_depth(depth_samples[:1], "vggt", hint_frontend.geometry) == len(depth_samples[0].frames)
-    with pytest.raises(ValueError, match=r"model\.geometry\.scale_hint needs a depth image of every frame: "):
-        check_depth(samples[:1], "vggt", hint_frontend.geometry)
+    assert check_geometry_files(depth_samples[:1], "vggt", hint_frontend.geometry) == len(depth_samples[0].frames)
+    with pytest.raises(ValueError, match=r"model\.geometry\.scale_hint depth needs a depth image of every frame: "):
+        check_geometry_files(samples[:1], "vggt", hint_frontend.geometry)
+
+
+def test_poses_are_checked_at_start(pose_config: ModelConfig, depth_samples: list[Any], tmp_path: Path) -> None:
+    """Neither depth images nor intrinsics, nor the alignment of the world."""
+    geometry = geometry_spec(pose_config.geometry)
+    (chosen,) = with_depth(tmp_path, depth_samples[:1])
+    for path in chosen.frames:
+        path.with_suffix(".png").unlink()
+    (chosen.frames[0].parent / "intrinsic.txt").unlink()
+    shutil.rmtree(tmp_path / "scans")
+    assert check_geometry_files([chosen], "vggt", geometry) == len(chosen.frames)
+    chosen.frames[1].with_suffix(".txt").write_text("-inf " * 16)
+    with pytest.raises(ValueError, match=r"model\.geometry\.scale_hint poses needs a camera pose .*00001\.txt"):
+        check_geometry_files([chosen], "vggt", geometry)
 
 
 def test_depth_counts_as_shared_memory(hint_frontend: Any, frontend: Any, data_config: Any, samples: list[Any]) -> None:

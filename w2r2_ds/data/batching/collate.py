@@ -196,7 +196,7 @@ class Collator:
         visuals = dataclasses.replace(
             tower_input(self.kind, frames, grid_thw, self.vision, self.family),
             geometry_frames=tuple(visual.geometry_frames for visual in inputs),
-            metric_depth=tuple(visual.metric_depth for visual in inputs),
+            scale_reference=tuple(visual.scale_reference for visual in inputs),
             ids=tuple(f.sample.id for f in with_frames),
             cached_3d=cached_3d,
             cached_2d=cached_2d,
@@ -233,7 +233,7 @@ def dummy_visuals(kind: str, vision: VisionSpec, geometry: GeometrySpec, family:
     """Gray visual inputs of at least 2 x 2 merged patches: one image, or a video of one temporal patch.
 
     As with real frames, the geometry encoder gets a multiple of its patch size, and the vision tower a crop of it. The
-    point map of the dummy has no measured depth.
+    point map of the dummy has no measured depth, and its scale is unknown.
     """
     frames = vision.temporal_patch_size if kind == "video" else 1
     min_side = 2 * vision.merge_size * vision.patch_size
@@ -243,8 +243,9 @@ def dummy_visuals(kind: str, vision: VisionSpec, geometry: GeometrySpec, family:
     grid_thw = family.grid_thw(frames, even_side, even_side, vision, kind)
     visuals = tower_input(kind, [image], grid_thw, vision, family)
     if geometry.point_maps is None:
-        depth = torch.full((frames, *geometry.grid(side, side)), torch.nan) if geometry.needs_depth else None
-        return dataclasses.replace(visuals, geometry_frames=(image,), metric_depth=(depth,), dummy=True)
+        shape = geometry.scale_reference_shape(frames, side, side)
+        reference = None if shape is None else torch.full(shape, torch.nan)
+        return dataclasses.replace(visuals, geometry_frames=(image,), scale_reference=(reference,), dummy=True)
     no_depth = torch.full(geometry.point_map_shape(frames, side, side), torch.nan)
     return dataclasses.replace(visuals, geometry_frames=(no_depth,), dummy=True)
 

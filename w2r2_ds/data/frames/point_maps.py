@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,7 @@ import numpy as np
 from w2r2_ds.data.frames.projection import read_depth
 from w2r2_ds.data.images import Placement
 from w2r2_ds.data.sources.depth_frames import DepthFrame, find_depth_frame
-from w2r2_ds.types.geometry import GeometrySpec, PointMapSpec
+from w2r2_ds.types.geometry import GeometrySpec
 
 
 def load_point_maps(
@@ -62,22 +61,6 @@ def load_point_maps(
     for index, (each, transform) in enumerate(zip(in_cameras, transforms, strict=True)):
         result[index] = each @ transform[:3, :3].T + transform[:3, 3]
     return result
-
-
-def load_metric_depth(
-    frames: Sequence[Path],
-    placements: Sequence[Placement],
-    size: tuple[int, int],
-    geometry: GeometrySpec,
-    threads: int = 1,
-) -> np.ndarray:
-    """Metric depth of the frames of a sample at the centre of every patch; arguments as of `load_point_maps`.
-
-    Returns:
-        ``[frames, rows, columns]`` float32, metres along the camera's z axis; NaN where none was measured.
-    """
-    one_point = replace(geometry, point_maps=PointMapSpec(points_per_side=1, reference_frame="camera"))
-    return load_point_maps(frames, placements, size, one_point, threads)[..., 0, 2]
 
 
 def patch_positions(size: tuple[int, int], geometry: GeometrySpec) -> np.ndarray:

@@ -137,7 +137,7 @@ class FeatureSizes:
 def geometry_inputs(inputs: VisualInputs) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Arguments of `GeometryEncoder.encode_frames` for inputs without cached geometry features."""
     assert inputs.geometry_frames is not None, "the features are not cached"
-    return inputs.geometry_frames, inputs.metric_depth
+    return inputs.geometry_frames, inputs.scale_reference
 
 
 def find_missing(

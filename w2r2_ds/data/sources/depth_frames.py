@@ -88,14 +88,30 @@ def frame_pose(color: Path) -> np.ndarray:
     Raises:
         ValueError: the pose is missing or malformed, or tracking was lost in the frame.
     """
+    pose = raw_pose(color)
+    return _alignment(scene_folder(color)) @ pose
+
+
+def raw_pose(color: Path) -> np.ndarray:
+    """As `frame_pose`, camera to the world of the pose files, which need not be axis-aligned."""
+    file = pose_file(color)
+    pose = read_pose(file)
+    if not np.isfinite(pose).all():
+        raise ValueError(f"{file} marks lost tracking (nan or inf); prepare the data set without this frame")
+    return pose
+
+
+def pose_file(color: Path) -> Path:
+    """Text file of the camera pose of a colour image.
+
+    Raises:
+        ValueError: there is none.
+    """
     folder = scene_folder(color)
     files = _frame_files(folder).get(color)
     if files is None or files.pose is None:
         raise ValueError(f"{color} has no camera pose in {folder}; extract the scene's poses")
-    pose = read_pose(files.pose)
-    if not np.isfinite(pose).all():
-        raise ValueError(f"{files.pose} marks lost tracking (nan or inf); prepare the data set without this frame")
-    return _alignment(folder) @ pose
+    return files.pose
 
 
 def check_depth_frame(color: Path, with_pose: bool) -> None:

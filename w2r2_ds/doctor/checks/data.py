@@ -49,7 +49,7 @@ def check_data(run: RunConfig, ranks: int) -> CheckResult:
                 continue
             largest = max([largest, *(sample_bytes(sample.frames, config, features, geometry) for sample in samples)])
             if geometry is not None:
-                check_first_depth(samples, run.model.geometry.name, geometry)
+                check_first_frames(samples, run.model.geometry.name, geometry)
         except ValueError as error:  # the set or a frame cannot be read
             result.errors.append(str(error))
     # Samples that share their frames share the inputs of the encoders too.
@@ -57,11 +57,11 @@ def check_data(run: RunConfig, ranks: int) -> CheckResult:
     return result
 
 
-def check_first_depth(samples: Sequence[Sample], name: str, geometry: GeometrySpec) -> None:
-    """Check depth and pose of the first frame of every sample; raises ValueError."""
-    from w2r2_ds.data.validate import check_depth
+def check_first_frames(samples: Sequence[Sample], name: str, geometry: GeometrySpec) -> None:
+    """Check the geometry encoder's files of the first frame of every sample; raises ValueError."""
+    from w2r2_ds.data.validate import check_geometry_files
 
-    check_depth([replace(sample, frames=sample.frames[:1]) for sample in samples], name, geometry)
+    check_geometry_files([replace(sample, frames=sample.frames[:1]) for sample in samples], name, geometry)
 
 
 def known_spec(config: GeometryConfig) -> GeometrySpec | None:

@@ -81,12 +81,12 @@ class GeometryEncoder(ABC):
             layers are concatenated along the channels, in the order of `model.geometry.layers`.
         """
 
-    def encode_frames(self, frames: Tensor, metric_depth: Tensor | None = None) -> Tensor:
+    def encode_frames(self, frames: Tensor, scale_reference: Tensor | None = None) -> Tensor:
         """`encode` one frame set of a batch, with the channels of the scale hint if the spec has any.
 
         Args:
             frames: an entry of `Visuals.geometry_frames`, uint8 images or point maps.
-            metric_depth: an entry of `Visuals.metric_depth`; None without a scale hint.
+            scale_reference: an entry of `Visuals.scale_reference`; None without a scale hint.
         """
         return self.encode(unit_range(frames) if self.spec.point_maps is None else frames)
 
