@@ -145,7 +145,7 @@ def test_a_limit_takes_the_first_samples(loaded: Any, trained: Path, tmp_path: P
 def test_shuffled_geometry_comes_from_another_room(loaded: Any, trained: Path, tmp_path: Path) -> None:
     """The training set has two rooms, the validation set one."""
     _, model, frontend = loaded
-    with pytest.raises(ValueError, match="at least two scenes with frames, but there are 1"):
+    with pytest.raises(ValueError, match="at least two rooms with frames, but there are 1"):
         evaluate(trained, tmp_path, "shuffle", max_new_tokens=4)
     options: dict[str, Any] = {"batch_size": 2, "max_new_tokens": 4, "data": Path("prepared/scanrefer/train")}
     scores = evaluate(trained, tmp_path, "shuffle", limit=2, protocols=["vgllm-direct", "video3dllm"], **options)

@@ -24,9 +24,17 @@ def test_every_scene_gets_another_scene(count: int) -> None:
     assert count < 4 or pair_scenes(scenes, 1) != pairs
 
 
-def test_fewer_than_two_scenes_are_an_error() -> None:
-    for scenes in ([], ["scene0000_00"] * 3):
-        with pytest.raises(ValueError, match=f"at least two scenes with frames, but there are {len(set(scenes))}"):
+def test_scans_of_one_room_are_not_paired() -> None:
+    """Half of the scans are of one room. Names of another form are rooms of their own."""
+    scans = [*(f"scene0000_{scan:02d}" for scan in range(6)), *(f"scene{room:04d}_00" for room in range(1, 7))]
+    pairs = pair_scenes(scans)
+    assert set(pairs) == set(scans) and all(scene[:9] != other[:9] for scene, other in pairs.items())
+    assert pair_scenes(["kitchen_00", "kitchen_01"]) == {"kitchen_00": "kitchen_01", "kitchen_01": "kitchen_00"}
+
+
+def test_fewer_than_two_rooms_are_an_error() -> None:
+    for scenes, count in (([], 0), (["scene0000_00"] * 3, 1), (["scene0000_00", "scene0000_01"], 1)):
+        with pytest.raises(ValueError, match=f"at least two rooms with frames, but there are {count}"):
             pair_scenes(scenes)
 
 

@@ -32,7 +32,7 @@ from w2r2_ds.evaluation.runner import evaluate
 from w2r2_ds.evaluation.scoring import are_annotated, choose_protocols, read_boxes
 from w2r2_ds.models.geometry.encoder import geometry_spec
 from w2r2_ds.models.w2r2 import W2R2
-from w2r2_ds.types.sample import Sample
+from w2r2_ds.types.sample import Sample, room_of
 from w2r2_ds.utils.distributed import RankInfo
 from w2r2_ds.utils.files import atomic_io
 
@@ -169,8 +169,8 @@ def diagnose_model(
             ),
         )
         not_evaluated: dict[str, str] = {}
-        if len({sample.scene_id for sample in whole if sample.frames}) < 2:
-            not_evaluated["shuffle"] = "there is no other scene whose geometry could replace a scene's own"
+        if len({room_of(sample.scene_id) for sample in whole if sample.frames}) < 2:
+            not_evaluated["shuffle"] = "there is no other room whose geometry could replace a scene's own"
         answers = {each: answer(find_condition(each), count) for each in LABELS if each not in not_evaluated}
         box_format = whole[0].box_format if whole[0].kind == "grounding" else None
         if options.causality:

@@ -124,7 +124,7 @@ def evaluate(
     is_scored = are_annotated(unanswered_records)
     protocol_names = choose_protocols(protocols, unanswered_records, boxes is not None) if is_scored else []
     check_scorable(unanswered_records, protocol_names, boxes)
-    if condition.name == "shuffle":  # raises ValueError for a single scene; the pairs themselves are made by Answerer
+    if condition.name == "shuffle":  # raises ValueError for a single room; the pairs themselves are made by Answerer
         pair_scenes([sample.scene_id for sample in whole if sample.frames])
     name = f"{sets[0].task}-{condition.name}"
     described = describe_sets(sets)
@@ -254,7 +254,7 @@ class Answerer:
         """Answer the samples; yields one record per sample, in their order.
 
         Raises:
-            ValueError: a sample cannot be read, or ``shuffle`` has fewer than two scenes.
+            ValueError: a sample cannot be read, or ``shuffle`` has fewer than two rooms.
         """
         processor: SampleProcessor = make_processor(self.frontend, self.data)
         if self.condition.processor is not None:

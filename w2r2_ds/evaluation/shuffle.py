@@ -1,4 +1,4 @@
-"""``--geometry shuffle``: evaluation of every sample with the geometry of another scene.
+"""``--geometry shuffle``: evaluation of every sample with the geometry of another room.
 
 A control experiment: if the scores do not fall, the model ignores geometry. Prompt, visual tokens and the shape of the
 geometry features are the sample's own; only the frames for the geometry encoder, or the point maps of an encoder of
@@ -20,35 +20,41 @@ from w2r2_ds.data.frames.scale_reference import load_scale_reference
 from w2r2_ds.data.images import Placement, frame_size, load_frame
 from w2r2_ds.data.processor import Features
 from w2r2_ds.types.geometry import GeometrySpec
-from w2r2_ds.types.sample import Sample
+from w2r2_ds.types.sample import Sample, room_of
 
 PAIRING_SEED = 0
 """Seed of the pairing; the same for all checkpoints, so that their scores are comparable."""
 
 
 def pair_scenes(scenes: Sequence[str], seed: int = PAIRING_SEED) -> dict[str, str]:
-    """Assign another scene to every scene.
+    """Assign a scene of another room to every scene.
 
     Args:
         scenes: scene ids, in any order; repetitions are ignored.
         seed: seed of the assignment.
 
     Returns:
-        Scene id -> id of the scene whose geometry replaces its own. Every scene occurs once on both sides.
+        Scene id -> id of the scene whose geometry replaces its own. Every scene occurs once on both sides, unless there
+        are several scans of one room (`types.sample.room_of`).
 
     Raises:
-        ValueError: fewer than two different scenes.
+        ValueError: fewer than two different rooms.
     """
     names = sorted(set(scenes))
-    if len(names) < 2:
+    rooms = {room_of(name) for name in names}
+    if len(rooms) < 2:
         raise ValueError(
-            f"--geometry shuffle needs samples of at least two scenes with frames, but there are {len(names)}; "
-            "prepare more scenes."
+            f"--geometry shuffle needs samples of at least two rooms with frames, but there are {len(rooms)} (scans of "
+            "one room count once); prepare more scenes."
         )
-    # A random cycle in which each scene is assigned the next one. Unlike independent draws or a random permutation, a
-    # cycle assigns no scene to itself.
+    # A random cycle in which each scene is assigned the next one of another room. Unlike independent draws or a random
+    # permutation, a cycle assigns no scene to itself.
     cycle = [names[index] for index in np.random.default_rng(seed).permutation(len(names))]
-    return dict(zip(cycle, [*cycle[1:], cycle[0]], strict=True))
+    partner = {}
+    for index, name in enumerate(cycle):
+        following = [*cycle[index + 1 :], *cycle[:index]]
+        partner[name] = next(other for other in following if room_of(other) != room_of(name))
+    return partner
 
 
 class ShuffledGeometry:
@@ -64,7 +70,7 @@ class ShuffledGeometry:
             pairs.
 
     Raises:
-        ValueError: fewer than two scenes have frames.
+        ValueError: fewer than two rooms have frames.
     """
 
     def __init__(

@@ -19,7 +19,7 @@ from transformers.integrations import HfDeepSpeedConfig
 from w2r2_ds.config.io import save_config
 from w2r2_ds.config.schema import RunConfig
 from w2r2_ds.data.answer_tokens import require_digit_tokens
-from w2r2_ds.data.batching.scene_pairs import check_two_scenes
+from w2r2_ds.data.batching.scene_pairs import check_two_rooms
 from w2r2_ds.data.dataset import check_frames_are_shared, digests, load_mixture
 from w2r2_ds.data.frames.geometry_augmentation import check_augmentation, make_augmentation
 from w2r2_ds.data.frames.typical_box import TypicalBox, typical_box
@@ -241,7 +241,7 @@ def check_objective(config: RunConfig, frontend: VlmFrontend, samples: Iterable[
     if term.needs_boxes:
         require_digit_tokens(frontend.tokenizer, name)
     if term.needs_other_geometry:
-        check_two_scenes(samples, name)
+        check_two_rooms(samples, name)
     if config.objective.shortcut_decode == "anchor":
         require_row_attention(frontend.family)
     if config.objective.shortcut_decode == "teacher":

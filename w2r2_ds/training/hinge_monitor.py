@@ -65,7 +65,7 @@ class HingeMonitor:
         self.warned = True
         if not self.gated:
             logger.warning(
-                "in %d steps no micro-batch had a second scene whose frames have the same number and size, so the push "
+                "in %d steps no micro-batch had a second room whose frames have the same number and size, so the push "
                 "term %s has had no effect; raise train.micro_batch, or prepare all scenes with one number of frames.",
                 self.steps,
                 self.objective.push_term["name"],

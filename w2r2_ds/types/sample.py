@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -18,6 +19,18 @@ BoxFormat = Literal["camera", "world"]
 ``camera``: frame index, then centre, size and ZXY angles of the box in that frame's camera (ten numbers).
 ``world``: lowest and highest corner of the axis-aligned box in the world, x_min, y_min, z_min, x_max, y_max, z_max.
 """
+
+_SCAN = re.compile(r"(scene\d{4})_\d{2}")
+"""A scan's name in ScanNet: room and number of the scan."""
+
+
+def room_of(scene_id: str) -> str:
+    """Room of a scene: ``scene0011`` for ``scene0011_00`` and ``scene0011_01``, ScanNet's two scans of one room.
+
+    A name of another form is its own room.
+    """
+    scan = _SCAN.fullmatch(scene_id)
+    return scan[1] if scan else scene_id
 
 
 @dataclass(frozen=True)

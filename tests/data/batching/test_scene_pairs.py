@@ -1,4 +1,4 @@
-"""Pairs of frame sets of different scenes."""
+"""Pairs of frame sets of different rooms."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ import torch
 
 from packed_batches import packed_of, questions
 from two_scenes import two_scenes
-from w2r2_ds.data.batching.scene_pairs import check_two_scenes, next_of_another_scene
+from w2r2_ds.data.batching.scene_pairs import check_two_rooms, next_of_another_room
 
 
 @pytest.mark.parametrize(
-    ("scenes", "grids", "expected"),
+    ("rooms", "grids", "expected"),
     [
         ("", "", []),
         ("a", "x", [-1]),
         ("aa", "xx", [-1, -1]),
         ("ab", "xx", [1, 0]),
         ("ab", "xy", [-1, -1]),
-        ("aab", "xxx", [2, 2, 0]),  # not the next one, which is of the same scene
+        ("aab", "xxx", [2, 2, 0]),  # not the next one, which is of the same room
         ("abc", "xyx", [2, -1, 0]),
         ("abcb", "xxxx", [1, 2, 3, 0]),
     ],
 )
-def test_the_next_frame_set_of_another_scene(scenes: str, grids: str, expected: list[int]) -> None:
-    assert next_of_another_scene(scenes, grids) == expected
+def test_the_next_frame_set_of_another_room(rooms: str, grids: str, expected: list[int]) -> None:
+    assert next_of_another_room(rooms, grids) == expected
 
 
 def counterparts(batch: Any) -> list[Any]:
@@ -39,6 +39,18 @@ def counterparts(batch: Any) -> list[Any]:
         None if other < 0 else (owner[other], other - first[owner[other]], token - first[owner[token]])
         for token, other in enumerate(index)
     ]
+
+
+def test_scans_of_one_room_are_not_paired(batch_of: Any, samples: list[Any]) -> None:
+    """The third frame set is another scan of the first one's room, the fourth a scan of another room."""
+    first, _, second = two_scenes(samples)
+    again = replace(second, scene_id="scene0000_01")
+    assert batch_of([first, again]).other_geometry.exists.tolist() == [False, False]
+    batch = batch_of([first, again, second])
+    assert batch.other_geometry.exists.tolist() == [True, True, True]
+    owners = [pair[0] for pair in counterparts(batch)]
+    size = len(owners) // 3
+    assert owners == [*[2] * size, *[2] * size, *[0] * size]
 
 
 @pytest.mark.parametrize("visual", ["images", "video"])
@@ -76,8 +88,9 @@ def test_batches_without_pairs(batch_of: Any, samples: list[Any], text_samples: 
     assert batch_of(samples, with_answer=False).other_geometry is None
 
 
-def test_two_scenes_with_frames_are_required(samples: list[Any], text_samples: list[Any]) -> None:
-    check_two_scenes(two_scenes(samples), "objective.push_term contrast")
-    elsewhere = replace(text_samples[0], scene_id="scene0001_00")
-    with pytest.raises(ValueError, match=r"objective\.push_term contrast.*data\.train has 1 scene"):
-        check_two_scenes([*samples, elsewhere], "objective.push_term contrast")
+def test_two_rooms_with_frames_are_required(samples: list[Any], text_samples: list[Any]) -> None:
+    """Another scan of the same room is none, nor is a question without frames."""
+    check_two_rooms(two_scenes(samples), "objective.push_term contrast")
+    elsewhere, again = replace(text_samples[0], scene_id="scene0001_00"), replace(samples[0], scene_id="scene0000_01")
+    with pytest.raises(ValueError, match=r"objective\.push_term contrast.*data\.train has 1 room"):
+        check_two_rooms([*samples, elsewhere, again], "objective.push_term contrast")

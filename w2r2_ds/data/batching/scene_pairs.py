@@ -1,4 +1,8 @@
-"""Pair every frame set of a micro-batch with a frame set of another scene, for push terms that contrast geometry."""
+"""Pair every frame set of a micro-batch with a frame set of another room, for push terms that contrast geometry.
+
+Two scans of one room (ScanNet's ``scene0011_00`` and ``scene0011_01``) have the same geometry in different worlds, so
+they are not paired.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +12,11 @@ import torch
 
 from w2r2_ds.data.processor import Features
 from w2r2_ds.types.batch import OtherGeometry
-from w2r2_ds.types.sample import Sample
+from w2r2_ds.types.sample import Sample, room_of
 
 
 def pair_scenes(features: Sequence[Features], token: torch.Tensor, sample: torch.Tensor) -> OtherGeometry:
-    """Visual tokens of other scenes for a batch.
+    """Visual tokens of other rooms for a batch.
 
     Args:
         features: one sample per frame set, in the order of the frame sets.
@@ -21,7 +25,8 @@ def pair_scenes(features: Sequence[Features], token: torch.Tensor, sample: torch
     """
     grids = [tuple(map(tuple, feature.visual.grid_thw.tolist())) for feature in features]
     # One more entry, so that index -1 (a sample without frames) has no partner.
-    partner = torch.tensor([*next_of_another_scene([f.sample.scene_id for f in features], grids), -1])
+    rooms = [room_of(feature.sample.scene_id) for feature in features]
+    partner = torch.tensor([*next_of_another_room(rooms, grids), -1])
     counts = token.bincount(minlength=len(features))
     begin = counts.cumsum(0) - counts  # first token of every frame set
     # Both frame sets have the same grids, so a token and its counterpart have the same distance from the begin.
@@ -30,22 +35,22 @@ def pair_scenes(features: Sequence[Features], token: torch.Tensor, sample: torch
     return OtherGeometry(token=torch.where(other >= 0, index, -1), exists=partner[sample] >= 0)
 
 
-def next_of_another_scene(scenes: Sequence[str], grids: Sequence[object]) -> list[int]:
-    """For every frame set, the index of the next one of another scene with equal grids; -1 if there is none.
+def next_of_another_room(rooms: Sequence[str], grids: Sequence[object]) -> list[int]:
+    """For every frame set, the index of the next one of another room with equal grids; -1 if there is none.
 
     The order is cyclic: the first frame set follows the last one. Several may have the same partner.
 
     Args:
-        scenes: scene id of every frame set.
+        rooms: room of every frame set.
         grids: patch grids of every frame set.
     """
-    count = len(scenes)
+    count = len(rooms)
     return [
         next(
             (
                 other
                 for other in ((index + step) % count for step in range(1, count))
-                if scenes[other] != scenes[index] and grids[other] == grids[index]
+                if rooms[other] != rooms[index] and grids[other] == grids[index]
             ),
             -1,
         )
@@ -53,20 +58,20 @@ def next_of_another_scene(scenes: Sequence[str], grids: Sequence[object]) -> lis
     ]
 
 
-def check_two_scenes(samples: Iterable[Sample], name: str) -> None:
-    """Raise ValueError unless samples with frames are of at least two scenes.
+def check_two_rooms(samples: Iterable[Sample], name: str) -> None:
+    """Raise ValueError unless samples with frames are of at least two rooms.
 
     Args:
-        samples: the training samples; they are read until a second scene occurs.
-        name: the option that needs two scenes, for the error.
+        samples: the training samples; they are read until a second room occurs.
+        name: the option that needs two rooms, for the error.
     """
-    scenes: set[str] = set()
+    rooms: set[str] = set()
     for sample in samples:
         if sample.frames:
-            scenes.add(sample.scene_id)
-        if len(scenes) > 1:
+            rooms.add(room_of(sample.scene_id))
+        if len(rooms) > 1:
             return
     raise ValueError(
-        f"{name} needs the geometry of another scene, but data.train has {len(scenes)} scene(s) with frames; "
-        "prepare more scenes, or choose another push term."
+        f"{name} needs the geometry of another room, but data.train has {len(rooms)} room(s) with frames (scans of "
+        "one room count once); prepare more scenes, or choose another push term."
     )
