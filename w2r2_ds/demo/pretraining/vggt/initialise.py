@@ -37,7 +37,7 @@ def initialise(vggt: VGGT, rooms: RoomViews) -> None:
     """Initial weights for a small model with ``patch_embed: dinov2`` that is trained from scratch.
 
     LayerScales of 0.01 and special tokens of 1e-6, as in the public code, suit a deep model on a pretrained ViT. Here
-    they are 1 and 0.02. The patch embedding becomes the whitened principal components of patches.
+    they are 0.3 and 0.02. The patch embedding becomes the whitened principal components of patches.
     """
     for name, parameter in vggt.named_parameters():
         if name.endswith(".gamma"):
