@@ -42,7 +42,7 @@ class FrameDifference(GeometryEncoder):
 
     @classmethod
     def identity(cls, config: GeometryConfig) -> Mapping[str, Any]:
-        # Increase it when `encode` gives other values, so that older cached features are not used.
+        # A hash of this file is in the keys of cached features. Increase the version when something else changes them.
         return {"version": 1}
 
     @classmethod

@@ -19,6 +19,8 @@ from w2r2_ds.evaluation import validator
 from w2r2_ds.evaluation.predictions.record import record_of
 from w2r2_ds.evaluation.predictions.rescore import score_file
 from w2r2_ds.evaluation.protocols.registry import PROTOCOLS, Protocol, protocols_of, register_protocol
+from w2r2_ds.evaluation.resumable import write_records
+from w2r2_ds.evaluation.runner import _is_plugin, _reused_scores
 from w2r2_ds.evaluation.scoring import choose_protocols, default_protocol, headline, score_records
 from w2r2_ds.types.sample import Reference, Sample
 from w2r2_ds.utils.plugins import import_plugin
@@ -61,6 +63,21 @@ def test_the_task_is_scored(records: list[dict[str, Any]]) -> None:
     }
     assert headline(results) == {"counting/accuracy accuracy": 0.25}
     assert score_records(records, ["all"], items=True)["counting/accuracy"]["items"]["s0"] is True
+
+
+def test_finished_answers_are_scored_again(records: list[dict[str, Any]], tmp_path: Path) -> None:
+    """By protocols of a plug-in, whose code may have changed."""
+    import_plugin(str(PLUGIN))
+    predictions, scores = tmp_path / "predictions.jsonl", tmp_path / "scores.json"
+    write_records(predictions, records)
+    scores.write_text(json.dumps({"samples": len(records), "protocols": {"counting/accuracy": {"accuracy": 0.0}}}))
+    found = _reused_scores(scores, predictions, ["counting/accuracy"], None)
+    assert found["protocols"]["counting/accuracy"]["accuracy"] == 0.25
+    assert [_is_plugin(name) for name in ("counting/accuracy", "scanqa/leo", "scanrefer/vgllm-direct")] == [
+        True,
+        False,
+        False,
+    ]
 
 
 def test_validation_logs_its_metrics(records: list[dict[str, Any]]) -> None:

@@ -7,18 +7,24 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from w2r2_ds.config.schema import ModelConfig
+from w2r2_ds.config.schema import GeometryConfig, ModelConfig
+from w2r2_ds.models import feature_cache
 from w2r2_ds.models.feature_cache import geometry_identity, open_cache, vision_identity
+from w2r2_ds.models.geometry.encoder import GEOMETRY_ENCODERS
 from w2r2_ds.models.qwen2_5_vl.family import Qwen25VL
 from w2r2_ds.models.vggt.encoder import VGGTEncoder
 from w2r2_ds.models.weights.weights_hash import model_weights
 from w2r2_ds.types.geometry import GeometrySpec
+from w2r2_ds.utils import plugins
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "custom_geometry_encoder.py"
 
 
 def copy_with(folder: str, target: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> str:
@@ -28,6 +34,26 @@ def copy_with(folder: str, target: Path, change: Callable[[dict[str, torch.Tenso
     change(tensors)
     save_file(tensors, target / "model.safetensors", {"format": "pt"})
     return str(target)
+
+
+def test_keys_depend_on_the_code_of_plugins(
+    model_config: ModelConfig, data_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever `identity` of the encoder returns. The keys of built-in encoders have no code."""
+    monkeypatch.setattr(plugins, "IMPORTED", [])
+    file, data = tmp_path / "encoder.py", data_config()
+    shutil.copy(EXAMPLE, file)
+    own = replace(model_config, geometry=GeometryConfig(name="frame_difference"))
+    with patch.dict(GEOMETRY_ENCODERS):
+        plugins.import_plugin(str(file))
+        before = geometry_identity(data, own), geometry_identity(data, model_config)
+        file.write_text(file.read_text() + "# edited\n")
+        plugins.import_plugin(str(file))
+        after = geometry_identity(data, own), geometry_identity(data, model_config)
+    assert after[0] != before[0] and after[1] == before[1]
+    vision = vision_identity(data, model_config)
+    monkeypatch.setattr(feature_cache, "source_sha256", lambda extension: "a")
+    assert vision_identity(data, model_config) != vision
 
 
 def test_keys_depend_on_everything_that_changes_features(

@@ -15,7 +15,7 @@ from w2r2_ds.models.build import VlmFrontend, build_model, fingerprint
 from w2r2_ds.models.feature_cache import open_cache
 from w2r2_ds.models.merger_io import MERGER
 from w2r2_ds.models.w2r2 import W2R2
-from w2r2_ds.training.checkpoint.compat import check_fingerprint
+from w2r2_ds.training.checkpoint.compat import check_fingerprint, warn_of_changed_plugins
 from w2r2_ds.training.checkpoint.manifest import MANIFEST, TENSORS, find_checkpoint, read_manifest
 from w2r2_ds.training.checkpoint.weights import load_trainable
 from w2r2_ds.utils.files.hashing import files_sha256
@@ -65,7 +65,9 @@ def trained_model(path: Path, config: RunConfig) -> W2R2:
     else:
         checkpoint = find_checkpoint(path)
         # Before gigabytes are loaded.
-        check_fingerprint(read_manifest(checkpoint)["model"], fingerprint(config.model), checkpoint / MANIFEST)
+        manifest = read_manifest(checkpoint)
+        warn_of_changed_plugins(manifest, checkpoint)
+        check_fingerprint(manifest["model"], fingerprint(config.model), checkpoint / MANIFEST)
         model = build_model(config.model, device, config.train.seed)
         load_trainable(checkpoint, model)
     return model.to(device).eval()

@@ -26,6 +26,7 @@ from w2r2_ds.evaluation.datasets import all_samples, describe_sets, find_sets
 from w2r2_ds.evaluation.loading import run_config, trained_model, trained_weights_sha256, with_cache
 from w2r2_ds.evaluation.predictions.record import record_of
 from w2r2_ds.evaluation.protocols.records import AnswerRecord, Proposals
+from w2r2_ds.evaluation.protocols.registry import find_protocol
 from w2r2_ds.evaluation.resumable import (
     PartialAnswers,
     Selection,
@@ -45,7 +46,7 @@ from w2r2_ds.evaluation.scoring import (
 )
 from w2r2_ds.evaluation.shuffle import pair_scenes
 from w2r2_ds.kernels.select import describe_attention, resolve_dtype
-from w2r2_ds.models.build import VlmFrontend, fingerprint, load_frontend
+from w2r2_ds.models.build import VlmFrontend, fingerprint, load_frontend, plugin_code
 from w2r2_ds.models.w2r2 import W2R2
 from w2r2_ds.types.sample import Sample
 from w2r2_ds.utils.distributed import RankInfo, barrier, raise_on_all_ranks
@@ -56,6 +57,7 @@ from w2r2_ds.utils.files.json_io import read_json_object
 from w2r2_ds.utils.files.output_folder import check_writable
 from w2r2_ds.utils.parallel import set_num_threads
 from w2r2_ds.utils.progress import progress
+from w2r2_ds.utils.source_hash import source_sha256
 
 logger = logging.getLogger(__name__)
 
@@ -175,13 +177,19 @@ def _reused_scores(
 ) -> dict[str, Any]:
     """Content of a score file of finished answers, which are scored again if it lacks a protocol."""
     scores = read_json_object(score_file)
-    # Detected boxes are not recorded: they may be others.
-    wanted = [name for name in protocols if boxes is not None or name not in scores["protocols"]]
+    # Detected boxes and the code of plug-ins are not recorded: they may be others.
+    wanted = [name for name in protocols if boxes is not None or name not in scores["protocols"] or _is_plugin(name)]
     if wanted:
         records = read_records(predictions, scores["samples"])
         scores["protocols"] |= score_records(records, wanted, boxes)
         atomic_io.replace(score_file, json.dumps(scores, indent=2) + "\n")
     return scores
+
+
+def _is_plugin(protocol: str) -> bool:
+    """Whether a plug-in defines how a protocol scores."""
+    found = find_protocol(protocol)
+    return any(source_sha256(part) is not None for part in (found.score, found.inputs, found.record_model))
 
 
 def check_generation_options(limit: int, batch_size: int, max_new_tokens: int) -> None:
@@ -213,12 +221,16 @@ def _run_identity(
 ) -> dict[str, Any]:
     """Hashes and options that an answer depends on; saved answers of a run with other values are not reused.
 
+    The code of plug-ins is among them if they define a part of the model.
+
     Not among them: `limit`, because each answer depends on its own sample only, and `batch_size`, which changes the
     last bits of logits only.
     """
+    code = plugin_code(config.model)
     return {
         "weights": trained_weights_sha256(path),
         "model": fingerprint(config.model),
+        **({"code": code} if code else {}),
         "dtype": str(resolve_dtype(config.model.dtype)),
         "data": [prepared["manifest"] for prepared in described],
         "geometry": condition.name,

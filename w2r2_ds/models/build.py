@@ -21,7 +21,7 @@ from w2r2_ds.kernels.measure import select_kernels
 from w2r2_ds.kernels.select import resolve_attention, resolve_dtype
 from w2r2_ds.models.attention.causal_sdpa import use_causal_sdpa
 from w2r2_ds.models.family import VlmFamily, find_family
-from w2r2_ds.models.fusion import make_fusion
+from w2r2_ds.models.fusion import FUSIONS, make_fusion
 from w2r2_ds.models.geometry.encoder import GEOMETRY_ENCODERS, GeometryEncoder, geometry_spec
 from w2r2_ds.models.lora import add_lora
 from w2r2_ds.models.merger import make_merger
@@ -31,6 +31,7 @@ from w2r2_ds.models.weights.loading import load_model_config, load_tokenizer, lo
 from w2r2_ds.models.weights.weights_hash import weights_identity
 from w2r2_ds.types.geometry import GeometrySpec
 from w2r2_ds.types.vision import VisionSpec
+from w2r2_ds.utils.source_hash import source_sha256
 
 
 @dataclass(frozen=True)
@@ -140,6 +141,17 @@ def load_geometry(config: ModelConfig, device: torch.device) -> GeometryEncoder:
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
     """Parameter name -> trainable parameter."""
     return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+
+
+def plugin_code(config: ModelConfig) -> dict[str, str]:
+    """Option -> SHA-256 of the code (`source_sha256`) of the parts of a model that plug-ins define."""
+    parts = {
+        "model.vlm": find_family(load_model_config(config.vlm).model_type),
+        "model.geometry.name": GEOMETRY_ENCODERS.find(config.geometry.name),
+        "model.fusion": FUSIONS.find(config.fusion),
+    }
+    digests = {option: source_sha256(part) for option, part in parts.items()}
+    return {option: digest for option, digest in digests.items() if digest is not None}
 
 
 def fingerprint(config: ModelConfig) -> dict[str, Any]:

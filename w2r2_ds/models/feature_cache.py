@@ -15,6 +15,7 @@ from w2r2_ds.models.geometry.encoder import GEOMETRY_ENCODERS, geometry_spec
 from w2r2_ds.models.weights.loading import load_model_config, load_vision_spec
 from w2r2_ds.models.weights.weights_hash import model_weights, tensors_digest
 from w2r2_ds.utils.files.output_folder import make_folder
+from w2r2_ds.utils.source_hash import source_sha256
 
 
 def open_cache(data: DataConfig, model: ModelConfig) -> FeatureCache | None:
@@ -57,7 +58,7 @@ def geometry_identity(data: DataConfig, model: ModelConfig) -> str:
         # Nested, since an encoder may use names of the fields above.
         "identity": dict(encoder.identity(geometry)),
     }
-    return encoder_identity(fields | _common(data, model))
+    return encoder_identity(fields | _code_of_plugin(encoder) | _common(data, model))
 
 
 def vision_identity(data: DataConfig, model: ModelConfig) -> str:
@@ -77,7 +78,13 @@ def vision_identity(data: DataConfig, model: ModelConfig) -> str:
         "visual": data.visual,
         "attention": segment_attention(model.attention, resolve_dtype(model.dtype)),
     }
-    return encoder_identity(fields | _common(data, model))
+    return encoder_identity(fields | _code_of_plugin(family) | _common(data, model))
+
+
+def _code_of_plugin(extension: object) -> dict[str, object]:
+    """Field for the code of an encoder or family of a plug-in; none for a built-in one, whose keys have versions."""
+    digest = source_sha256(extension)
+    return {} if digest is None else {"code": digest}
 
 
 def _common(data: DataConfig, model: ModelConfig) -> dict[str, object]:

@@ -9,11 +9,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from w2r2_ds.utils.source_hash import record_source
+
 IMPORTED: list[str] = []
 """Plug-ins that this process has imported: absolute paths of files, or names of modules.
 
 Worker processes that are not forked import them again.
 """
+SHA256: dict[str, str | None] = {}
+"""Hash of the code of every entry of `IMPORTED` when it was imported (`source_hash.source_sha256`)."""
 
 
 def import_plugins(args: list[str]) -> list[str]:
@@ -53,7 +57,7 @@ def import_plugin(target: str) -> None:
             raise ValueError(
                 f"--plugin {target}: there is no such module; use a file that ends in .py, or an installed module."
             ) from None
-        IMPORTED.append(target)
+        _record(target, target)
         return
     file = Path(target).resolve()
     if not file.is_file():
@@ -64,7 +68,13 @@ def import_plugin(target: str) -> None:
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # needed by dataclasses
     spec.loader.exec_module(module)
-    IMPORTED.append(str(file))
+    _record(str(file), name)
+
+
+def _record(plugin: str, module: str) -> None:
+    """Add an imported plug-in to `IMPORTED`, with the hash of its code."""
+    IMPORTED.append(plugin)
+    SHA256[plugin] = record_source(module)
 
 
 def import_missing(imported: list[str]) -> None:

@@ -58,6 +58,15 @@ def test_an_equal_data_set_is_reused_and_another_one_rejected(scenes: Path) -> N
     assert contents(out) == before
 
 
+def test_an_edited_task_of_a_plugin_is_another_data_set(scenes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A built-in task has no entry for its code."""
+    out = scenes / "out"
+    assert "code" not in prepare(scenes, DEPTH, out, quiet=True).manifest
+    monkeypatch.setattr(manifest, "source_sha256", lambda task: "a" if task.name == DEPTH.task else None)
+    with pytest.raises(ValueError, match=r"out holds another prepared data set \(code is None there and 'a' here"):
+        prepare(scenes, DEPTH, out, quiet=True)
+
+
 def test_a_changed_pose_is_another_data_set(scenes: Path) -> None:
     prepare(scenes, DEPTH, scenes / "out", quiet=True)
     pose = scenes / "posed_images" / SECOND / "00000.txt"

@@ -15,6 +15,7 @@ from fork_server import ROOT
 from w2r2_ds.config.io import DEMO_RECIPE, load_config
 from w2r2_ds.data.prepared_set import VERSION
 from w2r2_ds.diagnostics.ablation.identity import check_identity, data_digests, shared_values, weights_digests
+from w2r2_ds.utils import plugins
 
 DIGESTS = {"data/train": "a", "data/val": "b"}
 
@@ -27,13 +28,13 @@ def write_set(folder: Path, **options: Any) -> None:
 
 
 def test_runs_with_other_settings_are_not_mixed(tmp_path: Path) -> None:
-    shared = {"train.steps": 5, "data.val": [{"path": "a"}], "plugins": []}
+    shared = {"train.steps": 5, "data.val": [{"path": "a"}]}
     check_identity(tmp_path, shared, FUSED, DIGESTS)
     check_identity(tmp_path, shared, FUSED, DIGESTS)
     with pytest.raises(ValueError, match=r"train\.steps was 5 and is 6"):
         check_identity(tmp_path, {**shared, "train.steps": 6}, FUSED, DIGESTS)
     with pytest.raises(ValueError, match=r"data\.val"):
-        check_identity(tmp_path, {"train.steps": 5, "plugins": []}, FUSED, DIGESTS)
+        check_identity(tmp_path, {"train.steps": 5}, FUSED, DIGESTS)
 
 
 def test_evaluations_can_be_added_but_not_changed(tmp_path: Path) -> None:
@@ -89,8 +90,22 @@ def test_digests_of_the_weights_of_all_arms(tmp_path: Path) -> None:
 
 def test_options_of_single_runs_are_not_shared() -> None:
     base = load_config(DEMO_RECIPE, ["--train.steps", "7"])
-    shared = shared_values(base, str(ROOT / "ds_configs" / "zero3.json"), ["extra.py"])
-    assert (
-        shared["train.steps"] == 7 and shared["plugins"] == ["extra.py"] and "zero_optimization" in shared["deepspeed"]
-    )
+    shared = shared_values(base, str(ROOT / "ds_configs" / "zero3.json"), [])
+    assert shared["train.steps"] == 7 and "zero_optimization" in shared["deepspeed"]
     assert not {"out", "resume", "train.seed"} & shared.keys()
+
+
+def test_runs_with_an_edited_plugin_are_not_mixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plugins, "IMPORTED", [])
+    base, file = load_config(DEMO_RECIPE, []), tmp_path / "extra.py"
+
+    def check() -> None:
+        plugins.import_plugin(str(file))
+        check_identity(tmp_path, shared_values(base, str(ROOT / "ds_configs" / "zero3.json"), [str(file)]), FUSED, {})
+
+    file.write_text("A = 1\n")
+    check()
+    check()
+    file.write_text("A = 2\n")
+    with pytest.raises(ValueError, match=rf"ablation\.json: plugin {file} was"):
+        check()

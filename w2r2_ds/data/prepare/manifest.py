@@ -13,6 +13,7 @@ from w2r2_ds.data.prepare.unseen import Unseen, unseen_line
 from w2r2_ds.data.prepared_set import MANIFEST, VERSION, read_manifest
 from w2r2_ds.data.sources.frame_files import list_names
 from w2r2_ds.utils.files.hashing import file_sha256, json_sha256
+from w2r2_ds.utils.source_hash import source_sha256
 
 MISSING = "missing"
 """Value in place of the hash of a missing file."""
@@ -89,7 +90,8 @@ def manifest_identity(
 ) -> dict[str, Any]:
     """The part of a manifest that determines the data set.
 
-    Equal identities give equal samples, unless the content of an image has changed (see `frames_hash`).
+    Equal identities give equal samples, unless the content of an image has changed (see `frames_hash`), or a module
+    that the file of a plug-in's task imports.
 
     Args:
         plan: preparation plan.
@@ -97,10 +99,12 @@ def manifest_identity(
         skip_broken_scenes: option of `pipeline.prepare`.
         skip_without_box: option of `pipeline.prepare`.
     """
+    code = source_sha256(plan.task)
     skips = {"skip_broken_scenes": skip_broken_scenes, "skip_without_box": skip_without_box}
     return {
         "version": VERSION,
         "task": plan.options.task,
+        **({} if code is None else {"code": code}),
         "format": plan.options.format,
         "split": plan.options.split,
         "options": {**recorded_options(plan.options), **skips},

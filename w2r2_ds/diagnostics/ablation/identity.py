@@ -17,6 +17,7 @@ from w2r2_ds.config.schema import RunConfig
 from w2r2_ds.data.prepared_set import MANIFEST, read_manifest
 from w2r2_ds.models.weights.weights_hash import weights_identity
 from w2r2_ds.training.deepspeed.config import load_ds_config
+from w2r2_ds.utils import plugins
 from w2r2_ds.utils.files import atomic_io
 from w2r2_ds.utils.files.hashing import file_sha256, json_sha256
 from w2r2_ds.utils.files.json_io import read_json_object
@@ -27,10 +28,11 @@ OF_A_RUN = ("out", "resume", "train.seed")
 """Options with another value in every run."""
 
 
-def shared_values(base: RunConfig, deepspeed: str, plugins: Iterable[str]) -> dict[str, Any]:
-    """What all runs share, with dotted names: configuration, DeepSpeed JSON and plug-ins."""
+def shared_values(base: RunConfig, deepspeed: str, imported: Iterable[str]) -> dict[str, Any]:
+    """What all runs share, with dotted names: configuration, DeepSpeed JSON, and the code of every plug-in (a hash)."""
     config = {name: value for name, value in dotted(asdict(base)) if name not in OF_A_RUN}
-    return {**config, "deepspeed": load_ds_config(deepspeed), "plugins": list(plugins)}
+    code = {f"plugin {plugin}": plugins.SHA256[plugin] for plugin in imported}
+    return {**config, "deepspeed": load_ds_config(deepspeed), **code}
 
 
 def data_digests(configs: Iterable[RunConfig], evaluations: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ from w2r2_ds.config.options import options
 from w2r2_ds.config.schema import RunConfig
 from w2r2_ds.models.build import fingerprint
 from w2r2_ds.training.checkpoint.manifest import MANIFEST, read_manifest
+from w2r2_ds.utils import plugins
+
+logger = logging.getLogger(__name__)
 
 MAY_CHANGE = {
     "data": {"root", "workers", "decode_threads", "prefetch", "packing", "cache", "cache_gib", "cached_features"},
@@ -40,6 +44,7 @@ def check_resumable(path: Path, config: RunConfig, zero_stage: int, data: Sequen
         ValueError: the checkpoint is of another run, model, training set or ZeRO stage.
     """
     saved = read_manifest(path)
+    warn_of_changed_plugins(saved, path)
     check_fingerprint(saved["model"], fingerprint(config.model), path / MANIFEST)
     check_same_run(path, config)
     check_same_data(path, config, data)
@@ -66,6 +71,27 @@ def check_fingerprint(saved: dict[str, Any], configured: dict[str, Any], source:
             raise ValueError(
                 f"{source}: model.{field} is {saved.get(field)!r}, but the configured model has {value!r}; "
                 "use the configuration the checkpoint was trained with."
+            )
+
+
+def warn_of_changed_plugins(saved: Mapping[str, Any], path: Path) -> None:
+    """Log a warning for every plug-in of this process whose code has changed since a checkpoint was saved.
+
+    Not an error: the change may be a correction without which the run cannot continue.
+
+    Args:
+        saved: manifest of the checkpoint.
+        path: folder of the checkpoint, for the message.
+    """
+    imported = {Path(plugin).name: plugin for plugin in plugins.IMPORTED}  # the files may have been moved
+    for name, digest in saved.get("plugins", {}).items():
+        plugin = imported.get(Path(name).name)
+        if plugin is not None and plugins.SHA256[plugin] != digest:
+            logger.warning(
+                "the plug-in %s has changed since %s was saved; if it changes the model or the loss, results are of "
+                "neither version.",
+                plugin,
+                path,
             )
 
 

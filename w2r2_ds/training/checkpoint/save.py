@@ -43,6 +43,7 @@ from w2r2_ds.training.checkpoint.manifest import (
 )
 from w2r2_ds.training.checkpoint.ownership import OwnershipToken
 from w2r2_ds.training.checkpoint.weights import gather_trainable
+from w2r2_ds.utils import plugins
 from w2r2_ds.utils.distributed import on_rank_zero
 from w2r2_ds.utils.files import atomic_io
 from w2r2_ds.utils.files.atomic_io import Digest
@@ -160,6 +161,7 @@ def build_manifest(
         "metrics": dict(info.metrics),
         "best": info.best,
         "data": list(info.data),
+        "plugins": {plugin: plugins.SHA256[plugin] for plugin in plugins.IMPORTED},
         "versions": versions(),
     }
 
