@@ -19,6 +19,8 @@ from w2r2_ds.diagnostics.ablation.plan import Plan, evaluation_folder
 from w2r2_ds.diagnostics.ablation.results import read_results
 from w2r2_ds.diagnostics.ablation.statistics import SCENES, SEEDS, holm, over_seeds, over_seeds_and_scenes, untested
 from w2r2_ds.evaluation.protocols.registry import PROTOCOLS, ItemTerms, find_protocol
+from w2r2_ds.training.checkpoint.manifest import TENSORS, read_manifest, write_manifest
+from w2r2_ds.utils.files.atomic_io import digest
 
 METRIC = f"fused {PROTOCOL} acc@0.25"
 BASE, BETTER = "lambda_det=0", "lambda_det=1"
@@ -106,6 +108,22 @@ def test_runs_on_data_that_were_prepared_again_are_not_compared(plan: Plan) -> N
     write_checkpoint(last.folder)
     write_scores(evaluation_folder(last, "fused"), HITS[BASE][0], data="prepared again")
     with pytest.raises(ValueError, match=rf"{last.folder}.*scores.*{plan.runs[0].folder}.*fused"):
+        read_results(plan)
+
+
+def test_files_of_an_older_version_are_named(plan: Plan) -> None:
+    """Scores without the hashes of their sets, and a checkpoint without those of its training sets."""
+    folder = plan.runs[0].folder
+    file = folder / "evaluation" / "fused" / "scores-scanrefer-fused.json"
+    scores = file.read_text()
+    file.write_text(json.dumps({**json.loads(scores), "data": [{"path": "prepared/val"}]}))
+    with pytest.raises(ValueError, match=rf"^{file} .*manifest.*remove {file.parent}"):
+        read_results(plan)
+    file.write_text(scores)
+    (checkpoint,) = (folder / "checkpoints").glob("step-*")
+    manifest = read_manifest(checkpoint)
+    write_manifest(checkpoint, {"step": manifest["step"], "model": {}}, {TENSORS: digest(checkpoint / TENSORS)})
+    with pytest.raises(ValueError, match=rf"^{checkpoint / 'checkpoint.json'} .*data.*remove {folder}"):
         read_results(plan)
 
 

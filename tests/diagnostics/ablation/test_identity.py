@@ -54,6 +54,17 @@ def test_sets_can_be_added_but_not_prepared_again(tmp_path: Path) -> None:
             check_identity(tmp_path, {}, FUSED, {folder: "new"})
 
 
+@pytest.mark.parametrize("field", ["shared", "evaluations", "data"])
+def test_a_file_of_an_older_version_is_named(tmp_path: Path, field: str) -> None:
+    check_identity(tmp_path, {}, FUSED, DIGESTS)
+    file = tmp_path / "ablation.json"
+    values = json.loads(file.read_text())
+    del values[field]
+    file.write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=rf"^{file} .*{field}.*--out"):
+        check_identity(tmp_path, {}, FUSED, DIGESTS)
+
+
 def test_digests_of_all_sets_of_all_arms_and_evaluations(tmp_path: Path) -> None:
     for name in ("train", "other", "val", "camera"):
         write_set(tmp_path / name)

@@ -20,7 +20,7 @@ from w2r2_ds.training.deepspeed.config import load_ds_config
 from w2r2_ds.utils import plugins
 from w2r2_ds.utils.files import atomic_io
 from w2r2_ds.utils.files.hashing import file_sha256, json_sha256
-from w2r2_ds.utils.files.json_io import read_json_object
+from w2r2_ds.utils.files.json_io import check_fields, read_json_object
 from w2r2_ds.utils.files.output_folder import make_folder
 
 IDENTITY = "ablation.json"
@@ -89,13 +89,15 @@ def check_identity(
         data: results of `data_digests` and `weights_digests`; other sets and weights may be added.
 
     Raises:
-        ValueError: a value differs, so that the runs would not be comparable; the message names it.
+        ValueError: a value differs, so that the runs would not be comparable, and the message names it; or the file of
+            the earlier runs lacks values.
     """
     file = out / IDENTITY
     # As it is read back: tuples become lists.
     wanted = json.loads(json.dumps({"shared": shared, "evaluations": evaluations, "data": data}))
     if file.is_file():
         found = read_json_object(file)
+        check_fields(found, wanted, file, "pass another --out, and run the ablation again")
         for name in dict.fromkeys([*wanted["shared"], *found["shared"]]):
             old, new = found["shared"].get(name), wanted["shared"].get(name)
             if old != new:

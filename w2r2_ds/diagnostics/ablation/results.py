@@ -13,8 +13,8 @@ import numpy as np
 from w2r2_ds.diagnostics.ablation.plan import Plan, Run, read_score_file
 from w2r2_ds.evaluation.protocols.registry import find_protocol
 from w2r2_ds.evaluation.scoring import headline, score_records
-from w2r2_ds.training.checkpoint.manifest import newest, read_manifest
-from w2r2_ds.utils.files.json_io import read_jsonl
+from w2r2_ds.training.checkpoint.manifest import MANIFEST, newest, read_manifest
+from w2r2_ds.utils.files.json_io import check_fields, read_jsonl
 
 logger = logging.getLogger(__name__)
 
@@ -62,8 +62,8 @@ def read_results(plan: Plan, metrics: tuple[str, ...] = ()) -> dict[str, dict[in
         metrics: parts of metric names; only metrics that contain one of them are read. Empty for all.
 
     Raises:
-        ValueError: a score file cannot be read, no metric has one of the parts, or two runs have other data
-            or were trained from other weights.
+        ValueError: a score file or a manifest cannot be read or lacks hashes, no metric has one of the parts, or two
+            runs have other data or were trained from other weights.
     """
     results: dict[str, dict[int, RunScores]] = {arm.name: {} for arm in plan.arms}
     found: set[str] = set()
@@ -75,12 +75,17 @@ def read_results(plan: Plan, metrics: tuple[str, ...] = ()) -> dict[str, dict[in
         # Arms may differ in their training sets; runs with the same ones must have read the same samples.
         training = f"training on {run.arm.options.get('data.train', 'data.train')}"
         manifest = read_manifest(checkpoint)
+        check_fields(manifest, ("data", "model"), checkpoint / MANIFEST, f"remove {run.folder}, and run it again")
         _check_same_data(first, training, checkpoint, manifest["data"])
         _check_same_models(first, run, checkpoint, manifest["model"])
         scores: RunScores = {}
         for name in plan.evaluations:
             if (evaluated := read_score_file(run, name)) is not None:
                 file, content = evaluated
+                remedy = f"remove {file.parent}, and evaluate again"
+                check_fields(content, ("data", "protocols"), file, remedy)
+                for prepared in content["data"]:
+                    check_fields(prepared, ("manifest",), file, remedy)
                 digests = [prepared["manifest"] for prepared in content["data"]]
                 _check_same_data(first, f"evaluation {name}", file, digests)
                 scores |= read_scores(file, name, content["protocols"], metrics, found)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,19 @@ def read_json_object(path: Path | str, expected: str = "") -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{path} is not a JSON object; copy or download it again.")
     return values
+
+
+def check_fields(values: Mapping[str, Any], names: Iterable[str], path: Path | str, remedy: str) -> None:
+    """Raise ValueError if an object of a file lacks a field: an older version of this package wrote it.
+
+    Args:
+        values: the object.
+        names: fields that it must have.
+        path: the file, for the message.
+        remedy: what to do, for the message.
+    """
+    if missing := [name for name in names if name not in values]:
+        raise ValueError(f"{path} has no {', '.join(missing)}: an older version of w2r2_ds wrote it; {remedy}.")
 
 
 def read_jsonl(
