@@ -39,7 +39,7 @@ def copy_with(folder: str, target: Path, change: Callable[[dict[str, torch.Tenso
 def test_keys_depend_on_the_code_of_plugins(
     model_config: ModelConfig, data_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever `identity` of the encoder returns. The keys of built-in encoders have no code."""
+    """Besides what `identity` of the encoder returns. The keys of built-in encoders have no code."""
     monkeypatch.setattr(plugins, "IMPORTED", [])
     file, data = tmp_path / "encoder.py", data_config()
     shutil.copy(EXAMPLE, file)

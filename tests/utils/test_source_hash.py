@@ -30,7 +30,7 @@ def test_code_of_this_package_has_no_hash() -> None:
 
 
 def test_a_file_is_hashed(tmp_path: Path) -> None:
-    """Whatever of it is registered: a class, an object, a function or a part of one."""
+    """Any definition in it can be registered: a class, an object, a function or a partial of one."""
     file = tmp_path / "part.py"
     file.write_text("class Part:\n    pass\n\ndef make():\n    pass\n")
     plugins.import_plugin(str(file))

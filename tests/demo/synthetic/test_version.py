@@ -64,8 +64,8 @@ def mean(folder: Path, suffix: str) -> float:
 def test_a_folder_of_another_version_is_rejected(rooms: Written, tmp_path: Path) -> None:
     shutil.copy(rooms.root / "manifest.json", tmp_path)
     manifest = tmp_path / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"version": 2', '"version": 1'))
-    with pytest.raises(ValueError, match="made with version 1 instead of 2; use another folder, remove it"):
+    manifest.write_text(manifest.read_text().replace('"version": 3', '"version": 1'))
+    with pytest.raises(ValueError, match="made with version 1 instead of 3; use another folder, remove it"):
         write_dataset(tmp_path, 7, 2, 1, (160, 120), 12)
 
 

@@ -24,8 +24,8 @@ from w2r2_ds.utils.files.atomic_io import add_filename
 from w2r2_ds.utils.files.output_folder import PARTIAL, check_writable, fill, is_empty
 from w2r2_ds.utils.interrupts import defer_interrupts
 
-VERSION = 2
-"""Version of the content; increase it if the same options give other files."""
+VERSION = 3
+"""Version of the content; increase it if the same options give other files (`tests/demo/synthetic/shift` checks it)."""
 _MANIFEST = "manifest.json"
 _ANNOTATIONS = ("ScanRefer", "ScanQA", "embodiedscan", "proposals")
 

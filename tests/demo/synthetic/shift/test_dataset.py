@@ -7,6 +7,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +18,15 @@ from w2r2_ds.commands.prepare import main
 from w2r2_ds.data.frames.projection import box_corners, load_depth, project
 from w2r2_ds.data.sources.annotations import read_scanrefer
 from w2r2_ds.demo.synthetic.options import Options, ShiftOptions
+from w2r2_ds.demo.synthetic.write import VERSION
 
+RECORDED = {3: "6d8d502105f42105d713b3b07b4cc7c5bbc9a32e0c567fc07acb7f0441f54d42"}
+"""`VERSION` of the generator -> hash of `content` of three data sets."""
+CORNER = replace(
+    Options(0, 1, 1, (32, 32), 4, 1.0, ShiftOptions(("room_scale",)), "phrases", "corner"),
+    questions=("unique_color", "larger", "nearest", "between"),
+)
+"""Options of a data set with other sentences, questions and coordinates than `SHIFTED` and `PLANTED`."""
 REFER, QA = "ScanRefer/ScanRefer_filtered_{}.json", "ScanQA/ScanQA_v1.0_{}.json"
 
 
@@ -112,6 +121,39 @@ def test_depth_pixels_lie_in_the_boxes_of_the_shifted_scene(shifted: Path, plant
                 assert not (inside & ~within).any()
                 checked += 1
     assert checked > 100
+
+
+def rounded(value: Any) -> Any:
+    """JSON value whose numbers are rounded to 1e-6, since CPUs round differently; -0 is 0."""
+    if isinstance(value, dict):
+        return {key: rounded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [rounded(item) for item in value]
+    return round(value, 6) + 0.0 if isinstance(value, float) else value
+
+
+def content(root: Path) -> str:
+    """Hash of sentences, questions, answers, boxes, cues and poses of a data set, without its images."""
+    found: dict[str, Any] = {}
+    for folder in ("ScanRefer", "ScanQA", "proposals", "shortcut_cues"):
+        for file in sorted((root / folder).glob("*.json*")):
+            lines = file.read_text().splitlines() if file.suffix == ".jsonl" else [file.read_text()]
+            found[file.name] = [rounded(json.loads(line)) for line in lines]
+    for file in sorted(root.glob("scannet_data/*.npy")):
+        found[file.name] = rounded(np.load(file).tolist())
+    for file in sorted(root.glob("posed_images/*/*.txt")):
+        found[str(file.relative_to(root))] = rounded(np.loadtxt(file).tolist())
+    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
+
+
+def test_another_content_has_another_version(shifted: Path, planted: Path, tmp_path: Path) -> None:
+    """A changed rule of the generator must raise `VERSION`, else data of both rules count as equal.
+
+    If this fails: raise `VERSION` in `demo/synthetic/write.py` and record its hash here.
+    """
+    corner = write(tmp_path / "corner", CORNER).root
+    hashes = [content(root) for root in (shifted, planted, corner)]
+    assert {VERSION: hashlib.sha256("".join(hashes).encode()).hexdigest()} == RECORDED
 
 
 def digests(root: Path) -> dict[str, str]:
