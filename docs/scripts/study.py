@@ -20,12 +20,23 @@ from w2r2_ds.data.prepared_set import PreparedSet
 from w2r2_ds.diagnostics.ablation.decision import STUDY, ArmRuns, Decision, Key, Rule, decide
 from w2r2_ds.diagnostics.ablation.grid import Arm
 from w2r2_ds.diagnostics.ablation.plan import Run, read_score_file
-from w2r2_ds.diagnostics.ablation.results import SampleScores, read_scores
+from w2r2_ds.diagnostics.ablation.results import (
+    SampleScores,
+    check_same_data,
+    check_same_evaluation,
+    check_same_models,
+    check_same_training,
+    predictions_file,
+    read_scores,
+)
 from w2r2_ds.diagnostics.row_cues import cue_results, cues_of
 from w2r2_ds.diagnostics.table1 import Row
+from w2r2_ds.evaluation.datasets import describe_sets
 from w2r2_ds.evaluation.protocols.records import answer_world_box
 from w2r2_ds.objective.push_terms import PUSH_TERMS
+from w2r2_ds.training.checkpoint.manifest import newest, weights_sha256
 from w2r2_ds.training.metrics import METRICS_FILE, read_metrics
+from w2r2_ds.types.sample import Sample
 from w2r2_ds.utils.files.json_io import read_json_object, read_jsonl
 
 DOCS = Path(__file__).parents[1]
@@ -43,6 +54,8 @@ DEFAULT_MU = 0.1
 CLIP = 2.0
 """Metres: largest position error of an answer, and that of an answer without box."""
 PUSH_TERM = "objective.push_term"
+DIAGNOSIS = Path("diagnosis") / "diagnosis-scanrefer.json"
+"""Diagnosis of a run, in its folder."""
 
 
 @dataclass
@@ -101,50 +114,107 @@ def read_study(folder: Path, root: Path) -> list[StudyArm]:
         root: data root of the prepared sets.
 
     Raises:
-        ValueError: there is no ablation with results.
+        ValueError: there is no ablation with results, or as `RunReader.read`.
     """
     starts = sorted(file.parent for file in folder.glob("*/results.json"))
     if not starts:
         raise ValueError(f"{folder} has no START/results.json; run docs/research/study/run.sh first.")
     arms: dict[str, StudyArm] = {}
+    reader = RunReader(root)
     for start in starts:
+        models: dict[str, tuple[Path, Any]] = {}  # every start has its own weights
         for entry in read_json_object(start / "results.json")["arms"]:
             arm = Arm(entry["name"], entry["options"])
             own = arms.setdefault(arm.name, StudyArm(arm.name, arm.options))
             for path in sorted((start / "runs" / arm.folder).glob("seed-*")):
                 run = Run(arm, int(path.name.removeprefix("seed-")), path)
-                measures = read_run(run, root)
+                measures = reader.read(run, models)
                 if measures.scores:
                     own.runs[start.name, run.seed] = measures
     return list(arms.values())
 
 
-def read_run(run: Run, root: Path) -> RunMeasures:
-    """Measures of all finished evaluations of a run."""
-    result = RunMeasures()
-    for name in sorted(path.name for path in (run.folder / "evaluation").glob("*")):
-        if (evaluated := read_score_file(run, name)) is None:
-            continue
-        file, content = evaluated
+@dataclass
+class RunReader:
+    """Reads the runs of all starts, which must have the same data.
+
+    Attributes:
+        root: data root of the prepared sets.
+        first: use of data -> first file with it and its data.
+        sets: folder of a prepared set -> the set and its samples.
+    """
+
+    root: Path
+    first: dict[str, tuple[Path, Any]] = field(default_factory=dict)
+    sets: dict[Path, tuple[PreparedSet, list[Sample]]] = field(default_factory=dict)
+
+    def read(self, run: Run, models: dict[str, tuple[Path, Any]]) -> RunMeasures:
+        """Measures of all finished evaluations of a run.
+
+        Args:
+            run: the run.
+            models: as `first` of `check_same_models`, of the runs of one start.
+
+        Raises:
+            ValueError: it was trained or evaluated on other data than another run, or trained from other weights than
+                another run of its start; a set was prepared again since the evaluation; answers are not to the
+                questions of their set; or the diagnosis is of other weights.
+        """
+        result = RunMeasures()
+        checkpoint = newest(run.folder)
+        if checkpoint is None:
+            return result
+        check_same_training(self.first, run, checkpoint)
+        check_same_models(models, run, checkpoint)
+        for name in sorted(path.name for path in (run.folder / "evaluation").glob("*")):
+            if (evaluated := read_score_file(run, name)) is not None:
+                self._read_evaluation(result, name, *evaluated)
+        steps = [values for _, values in read_metrics(run.folder / METRICS_FILE)]
+        result.active = float(np.mean([values["above_mu"] for values in steps])) if steps else None
+        result.step_seconds = float(np.median([values["step_s"] for values in steps])) if steps else None
+        if (diagnosis := run.folder / DIAGNOSIS).is_file():
+            result.slopes = self._read_slopes(diagnosis, weights_sha256(checkpoint))
+        return result
+
+    def _read_evaluation(self, result: RunMeasures, name: str, file: Path, content: Mapping[str, Any]) -> None:
+        """Add the measures of one evaluation."""
+        check_same_evaluation(self.first, name, file, content)
         for metric, score in read_scores(file, name, content["protocols"], (METRIC,), set()).items():
             assert score.samples is not None, f"{metric} is a mean over samples"
             result.scores[name] = score.samples
-        predictions = file.with_name(file.name.replace("scores-", "predictions-", 1)).with_suffix(".jsonl")
+        predictions = predictions_file(file)
         records = [record for _, record in read_jsonl(predictions)]
+        prepared, samples = self._samples(file, content["data"])
+        if [record["id"] for record in records] != [sample.id for sample in samples[: len(records)]]:
+            raise ValueError(f"{predictions} has other questions than the first of {prepared.folder}; evaluate again.")
         result.position[name] = position_error(records)
         if name in CUES:
-            prepared = PreparedSet(Path(content["data"][0]["path"]), root)
-            samples = list(prepared)[: len(records)]
-            shares = cue_results([Row(name, name, [records])], samples, cues_of([prepared]), 100, 0)[name]["centre"]
-            if shares["cue"]["value"] is not None:
-                result.cue[name] = shares["cue"]["value"]
-    steps = [values for _, values in read_metrics(run.folder / METRICS_FILE)]
-    result.active = float(np.mean([values["above_mu"] for values in steps])) if steps else None
-    result.step_seconds = float(np.median([values["step_s"] for values in steps])) if steps else None
-    diagnosis = run.folder / "diagnosis" / "diagnosis-scanrefer.json"
-    if diagnosis.is_file():
-        result.slopes = causality_slopes(read_json_object(diagnosis)["causality"])
-    return result
+            rows, chosen = [Row(name, name, [records])], samples[: len(records)]
+            share = cue_results(rows, chosen, cues_of([prepared]), 100, 0)[name]["centre"]["cue"]["value"]
+            if share is not None:
+                result.cue[name] = share
+
+    def _samples(self, file: Path, data: Sequence[Mapping[str, Any]]) -> tuple[PreparedSet, list[Sample]]:
+        """The prepared set of a score file and its samples, if it is still that of the evaluation."""
+        (described,) = data
+        folder = Path(described["path"])
+        if folder not in self.sets:
+            prepared = PreparedSet(folder, self.root)
+            self.sets[folder] = prepared, list(prepared)
+        prepared, samples = self.sets[folder]
+        if describe_sets([prepared])[0]["manifest"] != described["manifest"]:
+            raise ValueError(f"{folder} was prepared again since {file} was written; remove the run, and repeat it.")
+        return prepared, samples
+
+    def _read_slopes(self, diagnosis: Path, weights: str) -> dict[str, float]:
+        """`causality_slopes` of a diagnosis of a run with these weights."""
+        content = read_json_object(diagnosis)
+        digests = [each["manifest"] for each in content["data"]]
+        check_same_data(self.first, "causality", diagnosis, digests)
+        scores = diagnosis.with_name("scores-scanrefer-fused.json")
+        if read_json_object(scores)["run"]["weights"] != weights:
+            raise ValueError(f"{diagnosis} is of other weights than the run; remove the folder, and diagnose again.")
+        return causality_slopes(content["causality"])
 
 
 def position_error(records: Sequence[Mapping[str, Any]]) -> float:

@@ -54,8 +54,18 @@ def scene_of(index: int) -> str:
     return SCENES[max(0, index - 1)]
 
 
-def write_scores(folder: Path, hits: Sequence[bool], data: str = "val", weights: str = WEIGHTS) -> None:
-    """Write predictions and scores of ScanRefer samples, the first two of one scene; a hit has IoU 1, others 0."""
+def write_scores(
+    folder: Path, hits: Sequence[bool], data: str = "val", weights: str = WEIGHTS, path: str = "prepared/val"
+) -> None:
+    """Write predictions and scores of ScanRefer samples, the first two of one scene; a hit has IoU 1, others 0.
+
+    Args:
+        folder: folder of the evaluation.
+        hits: whether each answer is right.
+        data: digest of the prepared set.
+        weights: digest of the trained weights.
+        path: folder of the prepared set.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     records = []
     for index, hit in enumerate(hits):
@@ -66,7 +76,7 @@ def write_scores(folder: Path, hits: Sequence[bool], data: str = "val", weights:
     protocols = score_records(records, [PROTOCOL])
     scores = {
         "run": {"weights": weights},
-        "data": [{"path": "prepared/val", "manifest": data}],
+        "data": [{"path": path, "manifest": data}],
         "protocols": protocols,
     }
     (folder / "scores-scanrefer-fused.json").write_text(json.dumps(scores))

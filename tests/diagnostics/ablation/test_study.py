@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -10,18 +11,20 @@ from typing import Any
 
 import pytest
 
-from ablation_runs import make_plan, scene_of, write_checkpoint, write_scores
+from ablation_runs import WEIGHTS, make_plan, scene_of, write_checkpoint, write_scores
 from docs_scripts import DOCS, docs_script
 from hand_records import BOX, beside, grounding
 from prepared_sets import write_prepared
 from w2r2_ds.commands.ablate_options import evaluations_of
 from w2r2_ds.config.io import load_config
+from w2r2_ds.data.prepared_set import MANIFEST, PreparedSet
 from w2r2_ds.data.sources.shortcut_cues import cues_file, write_cues
 from w2r2_ds.diagnostics.ablation.decision import INACTIVE, STUDY, TESTED, UNDECIDED, Decision, Rule
 from w2r2_ds.diagnostics.ablation.grid import Arm, arms_of, option_words, parse_grid
 from w2r2_ds.diagnostics.ablation.plan import evaluation_folder
 from w2r2_ds.objective import push_terms
 from w2r2_ds.training.metrics import METRICS_FILE
+from w2r2_ds.utils.files.hashing import file_sha256
 
 FOLDER = DOCS / "research" / "study"
 STARTS, SEEDS, QUESTIONS = ("a", "b"), (0, 1), 6
@@ -67,6 +70,11 @@ def write_set(root: Path) -> None:
     write_prepared(root / "prepared" / "val", samples, root, options={"split": "val_camera"})
 
 
+def digest(root: Path) -> str:
+    """Digest of the prepared set in score files."""
+    return file_sha256(root / "prepared" / "val" / MANIFEST)
+
+
 def write_study(root: Path, right: Mapping[str, Runs], active: float = 0.9, seeds: int = 2) -> Path:
     """Ablations of two starts.
 
@@ -85,7 +93,7 @@ def write_study(root: Path, right: Mapping[str, Runs], active: float = 0.9, seed
             write_checkpoint(run.folder)
             for name, count in right[run.arm.name].items():
                 hits = max(0, count - (run.seed + STARTS.index(start)) % 2)
-                write_scores(evaluation_folder(run, name), [index < hits for index in range(QUESTIONS)])
+                write_scores(evaluation_folder(run, name), [index < hits for index in range(QUESTIONS)], digest(root))
             share = 0.9 if "objective.mu" in run.arm.options else active
             (run.folder / METRICS_FILE).write_text(json.dumps({"step": 1, "above_mu": share, "step_s": 0.5}) + "\n")
         listed = [arm for arm in plan.arms if arm.name in right or arm.name != TERMS["lower"]]
@@ -170,9 +178,90 @@ def test_an_arm_without_runs(study: Any, tmp_path: Path) -> None:
 def test_runs_on_other_questions_are_an_error(study: Any, tmp_path: Path) -> None:
     folder = write_study(tmp_path, right(none=1, margin=ALL, pseudo=1, control=1))
     run = folder / "b" / "runs" / of(ARMS, "margin").folder / "seed-1"
-    write_scores(run / "evaluation" / "iid", [True] * 4)
+    write_scores(run / "evaluation" / "iid", [True] * 4, digest(tmp_path))
     with pytest.raises(ValueError, match=r"b/.*seed 1: iid"):
         study.apply_rule(study.read_study(folder, tmp_path), RULE)
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> Path:
+    """A study of which every arm but the term with a lower mu is finished."""
+    return write_study(tmp_path, right(none=1, margin=ALL, pseudo=1, control=1))
+
+
+def margin_run(folder: Path, start: str) -> Path:
+    """A run of an arm that is not read first."""
+    run: Path = folder / start / "runs" / of(ARMS, "margin").folder / "seed-1"
+    return run
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_scores_on_other_data_are_an_error(study: Any, tmp_path: Path, written: Path, start: str) -> None:
+    """Also if all runs of the start have them."""
+    for run in [margin_run(written, "a")] if start == "a" else sorted((written / "b").glob("runs/*/*")):
+        write_scores(run / "evaluation" / "camera", [True] * QUESTIONS, "prepared again")
+    with pytest.raises(ValueError, match=rf"arms/{start}/.*scores-.*other data \(evaluation camera\)"):
+        study.read_study(written, tmp_path)
+
+
+def test_training_on_other_data_is_an_error(study: Any, tmp_path: Path, written: Path) -> None:
+    for run in (written / "b").glob("runs/*/*"):
+        shutil.rmtree(run / "checkpoints")
+        write_checkpoint(run, data="prepared again")
+    with pytest.raises(ValueError, match=r"arms/b/.*checkpoints.*arms/a/.*training"):
+        study.read_study(written, tmp_path)
+
+
+def test_weights_that_were_replaced_within_a_start_are_an_error(study: Any, tmp_path: Path, written: Path) -> None:
+    """Starts have weights of their own."""
+    runs = sorted((written / "b").glob("runs/*/*"))
+    for run in runs:
+        shutil.rmtree(run / "checkpoints")
+        write_checkpoint(run, vlm="of start b")
+    assert len(study.read_study(written, tmp_path)[0].runs) == len(STARTS) * len(SEEDS)
+    shutil.rmtree(runs[-1] / "checkpoints")
+    write_checkpoint(runs[-1], vlm="replaced")
+    with pytest.raises(ValueError, match=rf"{runs[-1].name}/checkpoints.*arms/b/.*vlm_weights"):
+        study.read_study(written, tmp_path)
+
+
+def test_a_set_that_was_prepared_again_is_an_error(study: Any, tmp_path: Path, written: Path) -> None:
+    samples = list(PreparedSet(tmp_path / "prepared" / "val", tmp_path))
+    write_prepared(tmp_path / "prepared" / "val", samples, tmp_path, options={"split": "val_camera", "decimals": 1})
+    with pytest.raises(ValueError, match=r"prepared/val was prepared again.*scores-"):
+        study.read_study(written, tmp_path)
+
+
+def test_answers_to_other_questions_are_an_error(study: Any, tmp_path: Path, written: Path) -> None:
+    """Two questions are exchanged; score and digest of the set are unchanged."""
+    file = margin_run(written, "b") / "evaluation" / "iid" / "predictions-scanrefer-fused.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join([lines[1], lines[0], *lines[2:]]))
+    with pytest.raises(ValueError, match=rf"{file}.*other questions.*prepared/val"):
+        study.read_study(written, tmp_path)
+
+
+def write_diagnosis(run: Path, data: str, weights: str = WEIGHTS) -> None:
+    """A diagnosis with the slope 0.5 of x under shift, and the scores beside it."""
+    folder = run / "diagnosis"
+    write_scores(folder, [True], data, weights)
+    numbers = {"x": {"rows": 4, "slope": {"value": 0.5}}}
+    causality = {"interventions": {"shift": {"numbers": numbers}}}
+    content = {"data": [{"path": "prepared/val", "manifest": data}], "causality": causality}
+    (folder / "diagnosis-scanrefer.json").write_text(json.dumps(content))
+
+
+def test_a_diagnosis_belongs_to_its_run(study: Any, tmp_path: Path, written: Path) -> None:
+    for start in STARTS:
+        write_diagnosis(margin_run(written, start), "of val")
+    (margin,) = [arm for arm in study.read_study(written, tmp_path) if arm.name == TERMS["margin"]]
+    assert margin.mean("slopes", "shift") == 0.5
+    write_diagnosis(margin_run(written, "b"), "prepared again")
+    with pytest.raises(ValueError, match=r"arms/b/.*diagnosis-.*other data \(causality\)"):
+        study.read_study(written, tmp_path)
+    write_diagnosis(margin_run(written, "b"), "of val", "older weights")
+    with pytest.raises(ValueError, match=r"arms/b/.*diagnosis-.*other weights"):
+        study.read_study(written, tmp_path)
 
 
 def test_slopes_are_those_of_the_centre(study: Any) -> None:

@@ -72,22 +72,13 @@ def read_results(plan: Plan, metrics: tuple[str, ...] = ()) -> dict[str, dict[in
         checkpoint = newest(run.folder)
         if checkpoint is None or plan.needs_training(run):
             continue
-        # Arms may differ in their training sets; runs with the same ones must have read the same samples.
-        training = f"training on {run.arm.options.get('data.train', 'data.train')}"
-        manifest = read_manifest(checkpoint)
-        check_fields(manifest, ("data", "model"), checkpoint / MANIFEST, f"remove {run.folder}, and run it again")
-        _check_same_data(first, training, checkpoint, manifest["data"])
-        _check_same_models(first, run, checkpoint, manifest["model"])
+        check_same_training(first, run, checkpoint)
+        check_same_models(first, run, checkpoint)
         scores: RunScores = {}
         for name in plan.evaluations:
             if (evaluated := read_score_file(run, name)) is not None:
                 file, content = evaluated
-                remedy = f"remove {file.parent}, and evaluate again"
-                check_fields(content, ("data", "protocols"), file, remedy)
-                for prepared in content["data"]:
-                    check_fields(prepared, ("manifest",), file, remedy)
-                digests = [prepared["manifest"] for prepared in content["data"]]
-                _check_same_data(first, f"evaluation {name}", file, digests)
+                check_same_evaluation(first, name, file, content)
                 scores |= read_scores(file, name, content["protocols"], metrics, found)
         if scores:
             results[run.arm.name][run.seed] = scores
@@ -98,8 +89,18 @@ def read_results(plan: Plan, metrics: tuple[str, ...] = ()) -> dict[str, dict[in
     return results
 
 
-def _check_same_data(first: dict[str, tuple[Path, Any]], use: str, file: Path, data: Any) -> None:
-    """Raise ValueError if the data differ from those of the first run with this use, which are added to `first`."""
+def check_same_data(first: dict[str, tuple[Path, Any]], use: str, file: Path, data: Any) -> None:
+    """Check that runs were trained or evaluated on the same data.
+
+    Args:
+        first: use -> first file with it and its data; extended here.
+        use: what the data are for, as ``evaluation NAME``.
+        file: score file or checkpoint.
+        data: digests of the manifests of its data.
+
+    Raises:
+        ValueError: the data differ from those of the first file with this use.
+    """
     other, expected = first.setdefault(use, (file, data))
     if data != expected:
         raise ValueError(
@@ -108,17 +109,54 @@ def _check_same_data(first: dict[str, tuple[Path, Any]], use: str, file: Path, d
         )
 
 
-def _check_same_models(
-    first: dict[str, tuple[Path, Any]], run: Run, checkpoint: Path, fingerprint: Mapping[str, Any]
+def check_same_training(first: dict[str, tuple[Path, Any]], run: Run, checkpoint: Path) -> None:
+    """`check_same_data` of the training sets of a run; arms may have training sets of their own.
+
+    Args:
+        first: use -> first checkpoint with it and its data; extended here.
+        run: the run.
+        checkpoint: its newest checkpoint.
+
+    Raises:
+        ValueError: as `check_same_data`.
+    """
+    training = f"training on {run.arm.options.get('data.train', 'data.train')}"
+    check_same_data(first, training, checkpoint, _of_manifest(run, checkpoint, "data"))
+
+
+def check_same_evaluation(
+    first: dict[str, tuple[Path, Any]], name: str, file: Path, content: Mapping[str, Any]
 ) -> None:
-    """Raise ValueError if runs with the same options of the model were trained from other weights of VLM or encoder.
+    """`check_same_data` of an evaluation.
+
+    Args:
+        first: use -> first file with it and its data; extended here.
+        name: name of the evaluation.
+        file: its score file.
+        content: content of the file.
+
+    Raises:
+        ValueError: as `check_same_data`, or the file is of an older version.
+    """
+    remedy = f"remove {file.parent}, and evaluate again"
+    check_fields(content, ("data", "protocols"), file, remedy)
+    for prepared in content["data"]:
+        check_fields(prepared, ("manifest",), file, remedy)
+    check_same_data(first, f"evaluation {name}", file, [prepared["manifest"] for prepared in content["data"]])
+
+
+def check_same_models(first: dict[str, tuple[Path, Any]], run: Run, checkpoint: Path) -> None:
+    """Check that runs with the same options of the model were trained from the same weights of VLM and encoder.
 
     Args:
         first: use -> first checkpoint with it and its fingerprint; extended here.
         run: the run.
         checkpoint: its newest checkpoint.
-        fingerprint: `models.build.fingerprint` of the checkpoint.
+
+    Raises:
+        ValueError: the model differs from that of the first run with these options.
     """
+    fingerprint = _of_manifest(run, checkpoint, "model")
     options = {name: value for name, value in run.arm.options.items() if name.startswith("model.")}
     other, expected = first.setdefault(f"model {options}", (checkpoint, fingerprint))
     if different := [name for name in fingerprint | expected if fingerprint.get(name) != expected.get(name)]:
@@ -127,6 +165,13 @@ def _check_same_models(
             "model.geometry were replaced between the runs, so the runs are not comparable; remove the folders of the "
             "older runs, and run them again."
         )
+
+
+def _of_manifest(run: Run, checkpoint: Path, field: str) -> Any:
+    """A field of the manifest of a run's checkpoint."""
+    manifest = read_manifest(checkpoint)
+    check_fields(manifest, (field,), checkpoint / MANIFEST, f"remove {run.folder}, and run it again")
+    return manifest[field]
 
 
 def read_scores(
@@ -155,6 +200,11 @@ def read_scores(
     return scores
 
 
+def predictions_file(file: Path) -> Path:
+    """File of the answers of a score file."""
+    return file.with_name(file.name.replace("scores-", "predictions-", 1)).with_suffix(".jsonl")
+
+
 def sample_scores(file: Path, protocol: str, values: Mapping[str, float]) -> dict[str, SampleScores]:
     """Metric -> scores per sample, for those metrics that are their mean.
 
@@ -171,7 +221,7 @@ def sample_scores(file: Path, protocol: str, values: Mapping[str, float]) -> dic
     item_terms = find_protocol(protocol).item_terms
     if item_terms is None:
         return {}
-    predictions = file.with_name(file.name.replace("scores-", "predictions-", 1)).with_suffix(".jsonl")
+    predictions = predictions_file(file)
     records = [record for _, record in read_jsonl(predictions)]
     try:
         terms = item_terms(score_records(records, [protocol], items=True)[protocol])
