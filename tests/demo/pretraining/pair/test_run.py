@@ -15,6 +15,6 @@ def test_stages_of_other_settings_are_not_loaded(tmp_path: Path) -> None:
     check_settings(tmp_path, Settings())
     check_settings(tmp_path, Settings())
     for _ in range(2):  # the settings of the folder stay
-        with pytest.raises(ValueError, match=f"{tmp_path}.*seed and box_steps"):
-            run_stages(tmp_path, replace(Settings(), seed=1, box_steps=3))
+        with pytest.raises(ValueError, match=f"{tmp_path}.*seed and dense_steps"):
+            run_stages(tmp_path, replace(Settings(), seed=1, dense_steps=3))
     assert [file.name for file in tmp_path.iterdir()] == ["settings.json"], "nothing is rendered"

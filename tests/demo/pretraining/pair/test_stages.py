@@ -11,6 +11,9 @@ import torch
 
 from w2r2_ds.demo.pretraining.muon import orthogonalise
 from w2r2_ds.demo.pretraining.pair.evaluate import grounding_scores
+from w2r2_ds.demo.pretraining.pair.model import make_merger, make_vlm
+from w2r2_ds.demo.pretraining.pair.pair import Pair
+from w2r2_ds.demo.pretraining.pair.prompts import Prompts
 from w2r2_ds.demo.pretraining.pair.rooms.frames import turns_to_camera, world_frame
 from w2r2_ds.demo.pretraining.pair.rooms.room_set import (
     BACKGROUND,
@@ -21,15 +24,16 @@ from w2r2_ds.demo.pretraining.pair.rooms.room_set import (
     room_generator,
     save_rooms,
 )
-from w2r2_ds.demo.pretraining.pair.rooms.tasks import TaskQuestion, draw_questions, grounding, targets
+from w2r2_ds.demo.pretraining.pair.rooms.tasks import TaskQuestion, answers, draw_questions, grounding, targets
 from w2r2_ds.demo.pretraining.pair.rooms.views import RoomData, View, draw_view, make_view
-from w2r2_ds.demo.pretraining.pair.settings import Settings
-from w2r2_ds.demo.pretraining.pair.stages.dense_boxes import box_targets, corners_of
-from w2r2_ds.demo.pretraining.pair.stages.questions import object_tokens
+from w2r2_ds.demo.pretraining.pair.settings import HIDDEN, Settings
+from w2r2_ds.demo.pretraining.pair.stages.dense import DenseHead, corners_of, dense_targets
+from w2r2_ds.demo.pretraining.pair.stages.questions import IGNORED, QuestionTrainer, object_tokens, pack
 from w2r2_ds.demo.pretraining.pair.stages.tower import MIN_PIXELS, monocular_boxes, patch_labels
 from w2r2_ds.demo.synthetic.options import scene_seed
 from w2r2_ds.demo.synthetic.rooms import make_room
 from w2r2_ds.demo.synthetic.world_frame import corner_frame
+from w2r2_ds.models.weights.loading import load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -76,13 +80,33 @@ def test_points_of_an_object_are_in_its_box_in_every_frame(data: RoomData, turns
     assert inside.all()
 
 
-def test_targets_of_tokens_are_the_corners_of_their_object(data: RoomData) -> None:
+def test_targets_of_tokens_are_corners_and_labels_of_their_object(data: RoomData) -> None:
     view = make_view(data, 1, np.array([0, 1, 3, 5]))
-    corners, mask = box_targets([view])
-    shown = view.pixels.reshape(-1, view.pixels.shape[-1])
-    assert np.array_equal(mask[0].numpy() == 1, shown.max(-1) >= MIN_PIXELS) and 0 < mask.sum() < mask.numel()
-    expected = corners_of(view.boxes)[shown.argmax(-1)]
-    np.testing.assert_allclose(corners[0].numpy(), expected, rtol=1e-6)
+    found = dense_targets(data, [view])
+    pixels = view.pixels.reshape(-1, view.pixels.shape[-1])
+    assert np.array_equal(found.shown[0].numpy(), pixels.max(-1) >= MIN_PIXELS)
+    assert 0 < found.shown.sum() < found.shown.numel()
+    owners = pixels.argmax(-1)
+    np.testing.assert_allclose(found.corners[0].numpy(), corners_of(view.boxes)[owners], rtol=1e-6)
+    assert np.array_equal(found.classes[0], data.rooms.classes[1, owners])
+    assert np.array_equal(found.colors[0], data.rooms.colors[1, owners])
+
+
+def test_losses_of_the_dense_head(data: RoomData) -> None:
+    """Uniform labels have a cross-entropy of log(classes) + log(colors); rooms in 2D only have no loss of boxes."""
+    views = [make_view(data, room, np.array([0, 1, 3, 5])) for room in (0, 1)]
+    targets_, head = dense_targets(data, views), DenseHead(0)
+    states = torch.randn(2, 4 * TOKENS, HIDDEN, generator=torch.Generator().manual_seed(0))
+    for linear in (head.classes, head.colors):
+        torch.nn.init.zeros_(linear.weight)
+        torch.nn.init.zeros_(linear.bias)
+    both, one, none = (
+        head.losses(states, targets_, torch.tensor(each)) for each in ([True] * 2, [True, False], [False] * 2)
+    )
+    assert float(both["labels"].detach()) == pytest.approx(np.log(len(CLASSES)) + np.log(len(COLORS)), rel=1e-5)
+    assert float(none["boxes"].detach()) == 0.0 and torch.equal(none["labels"], both["labels"])
+    first = head.losses(states[:1], dense_targets(data, views[:1]), torch.tensor([True]))
+    torch.testing.assert_close(one["boxes"], first["boxes"])  # float32, another order of summation
 
 
 def test_labels_of_mirrored_images_are_mirrored(written: Any) -> None:
@@ -114,6 +138,16 @@ def test_drawn_questions_have_all_tasks_and_refer_to_shown_objects(data: RoomDat
     assert kinds == {"grounding", "caption", "answer"}
 
 
+def test_the_share_of_questions_about_colors(data: RoomData) -> None:
+    """With a share of 1, all answers are colors of shown objects, in rooms that have such a question."""
+    rng, settings = np.random.default_rng(0), Settings(captions=0.0, answers=1.0, colors=1.0)
+    for _ in range(10):
+        view = draw_view(data, rng, demo_frame=False)
+        drawn = draw_questions(data, view, rng, settings)
+        has_color = any(question.target >= 0 for question in answers(data, view))
+        assert all((question.target >= 0) == has_color for question in drawn)
+
+
 def test_attention_is_supervised_at_the_tokens_that_show_the_object(data: RoomData) -> None:
     view = make_view(data, 0, np.array([0, 1, 3, 5]))
     target = int(targets(data, view)[0])
@@ -138,3 +172,37 @@ def test_scores_of_grounding_answers() -> None:
     texts = ["0.0,0.0,0.0,1.0,1.0,1.0", "0.0,0.0,0.0,1.0,1.0,0.3", "2.0,2.0,2.0,3.0,3.0,3.0", "The red chair."]
     scores = grounding_scores(texts, boxes)
     assert scores == {"n": 4, "acc25": 50.0, "acc50": 25.0, "median_m": 0.35, "invalid": 25.0}
+
+
+@pytest.fixture(scope="module")
+def trainer(data: RoomData, shipped: Path) -> QuestionTrainer:
+    tokenizer = load_tokenizer(shipped / "vlm")
+    vlm = make_vlm(tokenizer, 0)
+    return QuestionTrainer(Pair(vlm, make_merger(0), Prompts(tokenizer, vlm)), DenseHead(0), data, Settings())
+
+
+def test_answers_have_equal_weight(trainer: QuestionTrainer) -> None:
+    """A box of many tokens counts as much as a color; punctuation counts a tenth of a digit."""
+    texts = ("0.5,1.0,1.5,2.0,2.5,3.0", "red")
+    packed = pack(trainer.pair.prompts, [[TaskQuestion("answer", "What?", text, 0) for text in texts]])
+    weights, labels = trainer.answer_weights(packed), packed.labels[packed.labels != IGNORED]
+    lengths = [len(trainer.pair.prompts.answer(text)) for text in texts]
+    assert [float(each.sum()) for each in weights.split(lengths)] == pytest.approx([1.0, 1.0])
+    comma, digit = (labels == trainer.pair.prompts.answer(text)[0] for text in (",", "5"))
+    assert float(weights[comma][0] / weights[digit][0]) == pytest.approx(0.1)
+
+
+def test_questions_have_equal_weight_in_the_loss_on_attention(trainer: QuestionTrainer) -> None:
+    """Answers of 23 tokens and of one, and a question without an object: the mean over the first two."""
+    prompts = trainer.pair.prompts
+    texts = ("0.5,1.0,1.5,2.0,2.5,3.0", "red", "3")
+    packed = pack(prompts, [[TaskQuestion("answer", "What?", text, 0) for text in texts]])
+    shown = torch.zeros(1, 3, len(prompts.visual), dtype=torch.bool)
+    shown[:, :2, 0] = True
+    weights = torch.zeros(
+        1, 2, *packed.labels.shape[1:], len(prompts.prefix)
+    )  # [rooms, heads, questions, tokens, prefix]
+    weights[:, :, 0, :, prompts.visual[0]] = 0.5
+    weights[:, :, 1, :, prompts.visual[0]] = 0.25
+    expected = -(np.log(0.5) + np.log(0.25)) / 2
+    assert float(trainer.attention_loss([weights, weights], packed, shown)) == pytest.approx(expected, rel=1e-3)

@@ -21,8 +21,8 @@ SHORT = Settings(
     val_rooms=1,
     tower_steps=FIRST,
     tower_frames=4,
-    box_steps=FIRST,
-    box_rooms=2,
+    dense_steps=FIRST,
+    dense_rooms=2,
     question_steps=FIRST,
     question_rooms=2,
     questions=3,
@@ -110,7 +110,7 @@ A tiny Qwen2.5-VL (`vlm/`: 4 layers of width 128, vision tower of 3 blocks of wi
   (centre of the box in the world, one decimal -> phrase), ScanQA (colour of the only object of a class; numbers).
   World frame `corner`; rooms with geometry are also turned by random quarter turns and mirrored, {s.only_2d:.0%} of the
   rooms are in 2D only.
-* **Stages.** Tower: {s.tower_steps} steps of {s.tower_frames} frames. Boxes: {s.box_steps} steps of {s.box_rooms}
+* **Stages.** Tower: {s.tower_steps} steps of {s.tower_frames} frames. Dense: {s.dense_steps} steps of {s.dense_rooms}
   rooms. Questions: {s.question_steps} steps of {s.question_rooms} rooms with {s.questions} questions. Losses, scores in
   the course of stage 3, versions and SHA-256 of every file are in `card.json`.
 * **Time.** {minutes} minutes without the rendering of the rooms ({cpu}).

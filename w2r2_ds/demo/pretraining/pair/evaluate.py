@@ -15,7 +15,7 @@ from w2r2_ds.demo.pretraining.pair.pair import Pair
 from w2r2_ds.demo.pretraining.pair.rooms.tasks import Task, TaskQuestion, answers, caption, grounding, targets
 from w2r2_ds.demo.pretraining.pair.rooms.views import RoomData, View, make_view, stack_views
 from w2r2_ds.demo.pretraining.pair.scene_attention import run_layers
-from w2r2_ds.demo.pretraining.pair.stages.dense_boxes import prefix_positions
+from w2r2_ds.demo.pretraining.pair.stages.dense import prefix_positions
 
 FRAMES = np.array([0, 1, 3, 5])
 """The frames that data preparation selects uniformly: 4 of 6."""

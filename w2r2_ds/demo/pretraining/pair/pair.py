@@ -12,8 +12,8 @@ from w2r2_ds.demo.pretraining.pair.scene_attention import SCENE_ATTENTION
 from w2r2_ds.models.geometry.point_map import PointMapEncoder
 from w2r2_ds.models.merger import GeometryMerger
 
-BOX_LAYERS = 2
-"""First decoder layers, which are trained with the merger on boxes (`stages/dense_boxes.py`)."""
+DENSE_LAYERS = 2
+"""First decoder layers, which are trained with the merger on boxes and labels (`stages/dense.py`)."""
 
 
 class Pair:
@@ -54,8 +54,8 @@ class Pair:
 
     def matrices(self, early: bool) -> list[nn.Parameter]:
         """Matrices for Muon: those that stage 2 trains (merger and first layers), or the others."""
-        first = [*self.merger.parameters(), *self.text.layers[:BOX_LAYERS].parameters()]
-        return [p for p in (first if early else self.text.layers[BOX_LAYERS:].parameters()) if p.ndim == 2]
+        first = [*self.merger.parameters(), *self.text.layers[:DENSE_LAYERS].parameters()]
+        return [p for p in (first if early else self.text.layers[DENSE_LAYERS:].parameters()) if p.ndim == 2]
 
     def others(self) -> list[nn.Parameter]:
         """All other trained weights: embeddings, norms and biases."""

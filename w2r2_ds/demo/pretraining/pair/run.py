@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from transformers import Qwen2Tokenizer
@@ -17,9 +17,10 @@ from w2r2_ds.demo.pretraining.pair.model import make_merger, make_tokenizer, mak
 from w2r2_ds.demo.pretraining.pair.pair import Pair
 from w2r2_ds.demo.pretraining.pair.prompts import Prompts
 from w2r2_ds.demo.pretraining.pair.rooms.room_set import RoomSet, load_rooms, make_rooms, save_rooms
+from w2r2_ds.demo.pretraining.pair.rooms.tasks import Task
 from w2r2_ds.demo.pretraining.pair.rooms.views import RoomData
 from w2r2_ds.demo.pretraining.pair.settings import Settings
-from w2r2_ds.demo.pretraining.pair.stages.dense_boxes import BoxHead, DenseBoxTrainer
+from w2r2_ds.demo.pretraining.pair.stages.dense import DenseHead, DenseTrainer
 from w2r2_ds.demo.pretraining.pair.stages.questions import QuestionTrainer
 from w2r2_ds.demo.pretraining.pair.stages.tower import TowerTrainer, accuracy, encode_rooms, scale_outputs
 from w2r2_ds.demo.pretraining.record import StageRecord
@@ -32,7 +33,7 @@ logger = logging.getLogger(__name__)
 SETTINGS = "settings.json"
 """File of the settings in the work folder."""
 COURSE_QUESTIONS = 240
-"""Grounding questions of an evaluation in the course of stage 3."""
+"""Questions of each task of an evaluation in the course of stage 3."""
 
 
 def round_to_bfloat16(module: torch.nn.Module) -> None:
@@ -56,7 +57,7 @@ class Pretraining:
         self.settings, self.train, self.val = settings, train, val
         self.tokenizer = tokenizer or make_tokenizer(settings.seed)
         self.vlm = make_vlm(self.tokenizer, settings.seed)
-        self.merger, self.head = make_merger(settings.seed), BoxHead(settings.seed)
+        self.merger, self.head = make_merger(settings.seed), DenseHead(settings.seed)
         use_matrix_products(self.vlm.model.visual)
         self.words = word_vectors(self.tokenizer, self.vlm.model.language_model.embed_tokens.weight.detach())
         self.pair = Pair(self.vlm, self.merger, Prompts(self.tokenizer, self.vlm))
@@ -78,10 +79,10 @@ class Pretraining:
         round_to_bfloat16(tower)
         record.add_scores(steps, accuracy(tower, self.words, self.val))
 
-    def run_boxes(self, record: StageRecord) -> None:
+    def run_dense(self, record: StageRecord) -> None:
         """Stage 2."""
-        trainer = DenseBoxTrainer(self.pair, self.head, self.data("train"), self.settings)
-        record.run(trainer.step, self.settings.box_steps)
+        trainer = DenseTrainer(self.pair, self.head, self.data("train"), self.settings)
+        record.run(trainer.step, self.settings.dense_steps)
 
     def run_questions(self, record: StageRecord) -> None:
         """Stage 3."""
@@ -90,13 +91,13 @@ class Pretraining:
         record.run(
             trainer.step,
             self.settings.question_steps,
-            lambda: evaluate(self.pair, val, "grounding", COURSE_QUESTIONS),
+            lambda: course_scores(self.pair, val),
             self.settings.eval_every,
         )
 
     def stages(self) -> dict[str, Callable[[StageRecord], None]]:
         """Name -> stage, in order."""
-        return {"tower": self.run_tower, "boxes": self.run_boxes, "questions": self.run_questions}
+        return {"tower": self.run_tower, "dense": self.run_dense, "questions": self.run_questions}
 
     def state(self) -> dict[str, Any]:
         """All weights."""
@@ -107,6 +108,20 @@ class Pretraining:
         self.vlm.load_state_dict(state["vlm"])
         self.merger.load_state_dict(state["merger"])
         self.head.load_state_dict(state["head"])
+
+
+def course_scores(pair: Pair, val: RoomData) -> dict[str, dict[str, float]]:
+    """Task -> mode -> percent of the first `COURSE_QUESTIONS` answers that are right.
+
+    Boxes are right with an IoU of at least 0.25, other answers if they are equal to the label.
+    """
+    return {
+        task: {
+            mode: scores["acc25" if task == "grounding" else "exact"]
+            for mode, scores in evaluate(pair, val, task, COURSE_QUESTIONS).items()
+        }
+        for task in get_args(Task)
+    }
 
 
 def stored_rooms(folder: Path, split: str, count: int, seed: int) -> RoomSet:

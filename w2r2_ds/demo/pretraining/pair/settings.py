@@ -41,8 +41,8 @@ class Settings:
         val_rooms: rooms for the evaluation.
         tower_steps: steps of stage 1.
         tower_frames: frames of a step of stage 1.
-        box_steps: steps of stage 2.
-        box_rooms: rooms of a step of stage 2.
+        dense_steps: steps of stage 2.
+        dense_rooms: rooms of a step of stage 2.
         question_steps: steps of stage 3.
         geometry_steps: first steps of stage 3, in which all rooms have geometry.
         question_rooms: rooms of a step of stage 3.
@@ -51,11 +51,13 @@ class Settings:
         muon_lr: learning rate of matrices (Muon).
         adamw_lr: learning rate of all other weights (AdamW).
         early_factor: factor on the learning rate of the matrices of stage 2, in stage 3.
-        box_weight: weight of the loss of stage 2 in stage 3.
+        label_weight: weight of class and color beside boxes, in stages 2 and 3.
+        dense_weight: weight of the losses of stage 2 in stage 3.
         attention_weight: weight of the loss on attention in stage 3.
         only_2d: share of the rooms without geometry, in the other steps of stage 3.
         captions: share of the questions of stage 3 that ask for a description.
         answers: share of the questions of stage 3 that ask for a colour or a number.
+        colors: share of these that ask for a colour, where the view shows an object to ask about.
     """
 
     seed: int = 0
@@ -63,18 +65,20 @@ class Settings:
     val_rooms: int = 100
     tower_steps: int = 2200
     tower_frames: int = 24
-    box_steps: int = 1500
-    box_rooms: int = 16
-    question_steps: int = 2600
-    geometry_steps: int = 700
+    dense_steps: int = 1500
+    dense_rooms: int = 16
+    question_steps: int = 4000
+    geometry_steps: int = 900
     question_rooms: int = 10
     questions: int = 6
     eval_every: int = 400
     muon_lr: float = 0.02
     adamw_lr: float = 3e-3
     early_factor: float = 0.2
-    box_weight: float = 10.0
+    label_weight: float = 0.1
+    dense_weight: float = 10.0
     attention_weight: float = 0.3
     only_2d: float = 0.3
-    captions: float = 0.12
-    answers: float = 0.1
+    captions: float = 0.2
+    answers: float = 0.25
+    colors: float = 0.8

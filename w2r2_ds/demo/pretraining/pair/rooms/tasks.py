@@ -73,14 +73,16 @@ def targets(data: RoomData, view: View) -> np.ndarray:
 def draw_questions(data: RoomData, view: View, rng: np.random.Generator, settings: Settings) -> list[TaskQuestion]:
     """`Settings.questions` random questions about a view that has `targets`; the targets of a task are spread."""
     objects = rng.permutation(targets(data, view))
-    others = answers(data, view)
+    about_rooms = answers(data, view)
+    about_colors = [question for question in about_rooms if question.target >= 0]
     drawn = []
     for index in range(settings.questions):
         kind, target = rng.random(), int(objects[index % len(objects)])
         if kind < settings.captions:
             drawn.append(caption(data, view, target))
-        elif kind < settings.captions + settings.answers and others:
-            drawn.append(others[int(rng.integers(len(others)))])
+        elif kind < settings.captions + settings.answers and about_rooms:
+            found = about_colors if about_colors and rng.random() < settings.colors else about_rooms
+            drawn.append(found[int(rng.integers(len(found)))])
         else:
             alone = bool(data.single[view.room, target]) and rng.random() < CLASS_ALONE
             drawn.append(grounding(data, view, target, with_color=not alone))

@@ -15,13 +15,13 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from w2r2_ds.demo.pretraining.muon import Muon
-from w2r2_ds.demo.pretraining.pair.pair import BOX_LAYERS, Pair
+from w2r2_ds.demo.pretraining.pair.pair import DENSE_LAYERS, Pair
 from w2r2_ds.demo.pretraining.pair.prompts import Prompts
 from w2r2_ds.demo.pretraining.pair.rooms.tasks import TaskQuestion, draw_questions, targets
 from w2r2_ds.demo.pretraining.pair.rooms.views import RoomData, View, draw_view, stack_views
 from w2r2_ds.demo.pretraining.pair.scene_attention import Blocks, run_layers
 from w2r2_ds.demo.pretraining.pair.settings import Settings
-from w2r2_ds.demo.pretraining.pair.stages.dense_boxes import BoxHead, box_targets, prefix_positions
+from w2r2_ds.demo.pretraining.pair.stages.dense import DenseHead, dense_targets, prefix_positions
 from w2r2_ds.demo.pretraining.pair.stages.tower import MIN_PIXELS
 from w2r2_ds.demo.pretraining.schedule import set_learning_rates, warm_up_and_decay
 
@@ -76,11 +76,11 @@ def packed_states(
         views: one view per room.
         with_geometry: ``[rooms]`` bool; False for rooms in 2D only.
         packed: questions about each room.
-        maps: list to which the attention of the layers after `BOX_LAYERS` is appended, see `scene_attention`.
+        maps: list to which the attention of the layers after `DENSE_LAYERS` is appended, see `scene_attention`.
 
     Returns:
         ``[answer tokens, hidden]`` outputs of the last layer that predict the labels, in the order of `packed.labels`;
-        ``[rooms, visual tokens, hidden]`` outputs of layer `BOX_LAYERS` at the visual tokens.
+        ``[rooms, visual tokens, hidden]`` outputs of layer `DENSE_LAYERS` at the visual tokens.
     """
     prompts, rows, (count, length) = pair.prompts, len(views), packed.blocks
     prefix = pair.prefix_embeddings(*stack_views(views), with_geometry)
@@ -88,8 +88,8 @@ def packed_states(
     own = (prompts.next_position + torch.arange(length)).repeat(count).expand(3, rows, -1)
     positions = torch.cat([prefix_positions(pair, rows), own], -1)
     blocks = Blocks(len(prompts.prefix), count, length)
-    early = run_layers(pair.text, embeddings, positions, end=BOX_LAYERS, blocks=blocks)
-    late = run_layers(pair.text, early, positions, begin=BOX_LAYERS, blocks=blocks, maps=maps)
+    early = run_layers(pair.text, embeddings, positions, end=DENSE_LAYERS, blocks=blocks)
+    late = run_layers(pair.text, early, positions, begin=DENSE_LAYERS, blocks=blocks, maps=maps)
     states = late[:, blocks.prefix :].unflatten(1, (count, length))[packed.labels != IGNORED]
     return states, early[:, prompts.visual]
 
@@ -117,7 +117,7 @@ class QuestionTrainer:
         settings: lengths, learning rates and seed.
     """
 
-    def __init__(self, pair: Pair, head: BoxHead, data: RoomData, settings: Settings) -> None:
+    def __init__(self, pair: Pair, head: DenseHead, data: RoomData, settings: Settings) -> None:
         self.pair, self.head, self.data, self.settings = pair, head, data, settings
         self.rng = np.random.default_rng([settings.seed, 13])
         self.others = [*pair.others(), *head.parameters()]
@@ -140,7 +140,12 @@ class QuestionTrainer:
         views = [self._draw_view(bool(geometry)) for geometry in with_geometry]
         questions = [draw_questions(self.data, view, self.rng, self.settings) for view in views]
         losses = self.losses(views, with_geometry, questions)
-        weights = {"answers": 1.0, "boxes": self.settings.box_weight, "attention": self.settings.attention_weight}
+        weights = {
+            "answers": 1.0,
+            "boxes": self.settings.dense_weight,
+            "labels": self.settings.dense_weight * self.settings.label_weight,
+            "attention": self.settings.attention_weight,
+        }
         total: Tensor = sum((weights[name] * loss for name, loss in losses.items()), torch.zeros(()))
         total.backward()
         torch.nn.utils.clip_grad_norm_(self.others, 1.0)
@@ -155,22 +160,31 @@ class QuestionTrainer:
         """Losses of questions about rooms.
 
         Returns:
-            ``answers``: weighted mean cross-entropy of the answer tokens; ``boxes``: loss of stage 2 in rooms with
-            geometry; ``attention``: see `attention_loss`.
+            ``answers``: cross-entropy of the answers, each with the same weight; ``boxes`` and ``labels``: losses of
+            stage 2; ``attention``: see `attention_loss`.
         """
         maps: list[Tensor] = []
         packed = pack(self.pair.prompts, questions)
         states, visual = packed_states(self.pair, views, with_geometry, packed, maps)
-        corners, mask = box_targets(views)
-        boxes = self.head.loss(visual, corners, mask * with_geometry[:, None])
+        dense = self.head.losses(visual, dense_targets(self.data, views), with_geometry)
         labels = packed.labels[packed.labels != IGNORED]
         errors = cross_entropy(self.pair.logits(states), labels, reduction="none")
-        weights = self.token_weights[labels]
+        weights = self.answer_weights(packed)
         attention = self.attention_loss(maps, packed, object_tokens(views, questions))
-        return {"answers": (errors * weights).sum() / weights.sum(), "boxes": boxes, "attention": attention}
+        return {"answers": (errors * weights).sum() / weights.sum(), **dense, "attention": attention}
+
+    def answer_weights(self, packed: Packed) -> Tensor:
+        """``[answer tokens]`` weights in the order of `packed.labels`; those of an answer have the sum 1.
+
+        So a box of 25 tokens counts as much as a color of one.
+        """
+        chosen = packed.labels != IGNORED
+        weights = torch.zeros(packed.labels.shape)
+        weights[chosen] = self.token_weights[packed.labels[chosen]]
+        return (weights / weights.sum(-1, keepdim=True))[chosen]
 
     def attention_loss(self, maps: Sequence[Tensor], packed: Packed, shown: Tensor) -> Tensor:
-        """Mean negative logarithm of the attention to an object's tokens, over layers and answer tokens.
+        """Negative logarithm of the attention to an object's tokens: mean over answer tokens, questions and layers.
 
         Args:
             maps: attention of layers, see `scene_attention`.
@@ -180,11 +194,13 @@ class QuestionTrainer:
         # Not for the token that predicts the end of the turn.
         chosen = (packed.labels != IGNORED) & (packed.labels != self.pair.prompts.end_of_turn)
         chosen = chosen & shown.any(-1, keepdim=True)
+        weights = chosen / chosen.sum(-1, keepdim=True).clamp(min=1)
+        weights = weights / weights.sum().clamp(min=1)
         total = torch.zeros(())
         for each in maps:
             to_visual = each.mean(1)[..., self.pair.prompts.visual]  # [rooms, questions, tokens, visual tokens]
-            mass = (to_visual * shown[:, :, None]).sum(-1)[chosen]
-            total = total - torch.log(mass + 1e-4).mean()
+            mass = (to_visual * shown[:, :, None]).sum(-1)
+            total = total - (torch.log(mass + 1e-4) * weights).sum()
         return total / len(maps)
 
     def _draw_view(self, geometry: bool) -> View:

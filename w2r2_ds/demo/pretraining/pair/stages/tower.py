@@ -51,13 +51,13 @@ def encode(tower: nn.Module, images: np.ndarray) -> Tensor:
 
 
 @torch.no_grad()
-def encode_rooms(tower: nn.Module, rooms: RoomSet) -> Tensor:
-    """``[rooms, 2, frames, tokens, hidden]`` float16: visual tokens of all frames, as they are and mirrored."""
-    features = torch.zeros(len(rooms), 2, ROOM_FRAMES, TOKENS, HIDDEN, dtype=torch.float16)
+def encode_rooms(tower: nn.Module, rooms: RoomSet, dtype: torch.dtype = torch.float16) -> Tensor:
+    """``[rooms, 2, frames, tokens, hidden]`` in `dtype`: visual tokens of all frames, as they are and mirrored."""
+    features = torch.zeros(len(rooms), 2, ROOM_FRAMES, TOKENS, HIDDEN, dtype=dtype)
     for index in range(len(rooms)):
         images = rooms.images[index]
         both = encode(tower, np.concatenate([images, images[:, :, ::-1]]))
-        features[index] = both.unflatten(0, (2, ROOM_FRAMES)).half()
+        features[index] = both.unflatten(0, (2, ROOM_FRAMES)).to(dtype)
     return features
 
 
