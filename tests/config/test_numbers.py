@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from typing import Any
 
@@ -65,6 +66,7 @@ def test_a_command_line_ends_with_one_line(capsys: pytest.CaptureFixture[str]) -
     assert "train.lr" in line
 
 
+@functools.cache
 def parsers() -> dict[str, Any]:
     """Command with its sub-command -> parser, except those with the options of the configuration."""
     found = {f"prepare {name}": prepare._parser(name) for name in prepare.SUBCOMMANDS if name != "geometry"}

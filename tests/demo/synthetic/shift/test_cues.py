@@ -29,13 +29,14 @@ def pixels(points: np.ndarray, pose: np.ndarray, intrinsic: np.ndarray) -> np.nd
     return found[depth > 0.2]
 
 
+@functools.cache
 def frames(root: Path, shift: str) -> list[tuple[ShortcutCue, int, np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
     """(cue, frame, camera cue, world cue, pose in val, pose in the shifted scene) of all cues."""
     cues = cues_of(root, shift)
-    pairs = scene_pairs(root, cues)
+    pairs = {name: [frame_poses(scene) for scene in scenes] for name, scenes in scene_pairs(root, cues).items()}
     rows = []
     for cue in cues:
-        used, poses = (frame_poses(scene) for scene in pairs[cue.scene_id])
+        used, poses = pairs[cue.scene_id]
         for each in cue.frames:
             rows.append(
                 (cue, each.frame, np.array(each.camera), np.array(each.world), used[each.frame], poses[each.frame])
@@ -44,6 +45,7 @@ def frames(root: Path, shift: str) -> list[tuple[ShortcutCue, int, np.ndarray, n
     return rows
 
 
+@functools.cache
 def intrinsics(root: Path) -> np.ndarray:
     return load_scene(root, "scene5000_00").intrinsic
 
