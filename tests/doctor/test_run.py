@@ -18,7 +18,7 @@ from w2r2_ds.training.deepspeed.process_group import free_port
 
 pytestmark = pytest.mark.distributed
 
-RANK = HELPERS / "broken_rank.py"
+RANK = HELPERS / "ranks" / "broken_rank.py"
 SECONDS = 240
 """Time limit of a launch on a busy machine."""
 

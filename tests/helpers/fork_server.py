@@ -24,6 +24,8 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 HELPERS = Path(__file__).parent
+FOLDERS = (HELPERS, *(HELPERS / name for name in ("data", "evaluation", "models", "ranks", "fast_start")))
+"""Folders of modules that tests and ranks import as top-level modules, as in `pythonpath` of pyproject.toml."""
 WARM = (
     "w2r2_ds.commands.train",
     "w2r2_ds.commands.evaluate",
@@ -44,7 +46,7 @@ WARM = (
 VARIABLES = {
     "OMP_NUM_THREADS": "1",
     "HF_HUB_OFFLINE": "1",
-    "PYTHONPATH": f"{ROOT}{os.pathsep}{HELPERS}{os.pathsep}{HELPERS / 'fast_start'}",
+    "PYTHONPATH": os.pathsep.join(map(str, (ROOT, *FOLDERS))),
     # DeepSpeed's Muon optimizer, which is not used, imports torch.compile in every rank (1.2 s).
     "TORCHDYNAMO_DISABLE": "1",
 }

@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 
 
 def test_gradients_on_two_ranks(tmp_path: Path) -> None:
-    run_ranks(2, HELPERS / "sharded_ranks.py", tmp_path)
+    run_ranks(2, HELPERS / "ranks" / "sharded_ranks.py", tmp_path)
     for rank in (0, 1):
         found = json.loads((tmp_path / f"rank{rank}.json").read_text())
         # Two layers of two projections, in the forward pass and in its recomputation.

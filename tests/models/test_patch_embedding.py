@@ -70,7 +70,7 @@ def test_the_loaded_model_does_not_convolve(vlm: Any, tiny_dir: Path, monkeypatc
 @pytest.mark.timeout(600)
 def test_the_weight_is_gathered_under_zero3(tmp_path: Path, tiny_dir: Path) -> None:
     (tmp_path / "vlm.txt").write_text(str(tiny_dir))
-    run_ranks(2, HELPERS / "vision_ranks.py", tmp_path)
+    run_ranks(2, HELPERS / "ranks" / "vision_ranks.py", tmp_path)
     for rank in range(2):
         found = json.loads((tmp_path / f"rank{rank}.json").read_text())
         assert found["partitioned"] == [True, True], "before and after the forward"

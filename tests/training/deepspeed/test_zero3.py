@@ -1,6 +1,6 @@
 """The training step under ZeRO-3 on two processes: gradients of the unsharded model, a constant trace, no hangs.
 
-All cases run in one launch (tests/helpers/zero3_cases.py), each with a time limit.
+All cases run in one launch (tests/helpers/ranks/zero3_cases.py), each with a time limit.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.distributed, pytest.mark.timeout(1200)]
 
 STEPS = 8
 EXACT = ("step", "loss", "align", "det", "push", "s_short", "s_fused", "grad_norm", "lr", "merger_lr")
-SCRIPT = str(HELPERS / "stopped_runs.py")
+SCRIPT = str(HELPERS / "ranks" / "stopped_runs.py")
 
 
 def arguments(world: World, out: Path) -> list[str]:

@@ -29,7 +29,7 @@ from w2r2_ds.training.fault_tolerance.hang_detector import (
     State,
 )
 
-SCRIPT = HELPERS / "watched_ranks.py"
+SCRIPT = HELPERS / "ranks" / "watched_ranks.py"
 HOST = socket.gethostname()
 LIMITS = Limits(hang=600.0)
 KILLED = -signal.SIGKILL

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-DEFAULT = Path(__file__).parents[1] / "golden"
+DEFAULT = Path(__file__).parents[2] / "golden"
 ROOT = Path(os.environ.get("W2R2_GOLDEN") or DEFAULT)
 
 

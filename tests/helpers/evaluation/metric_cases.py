@@ -14,7 +14,7 @@ from w2r2_ds.evaluation.metrics.meteor import Java
 
 TOLERANCE = 1e-6
 METEOR = ("METEOR", ITEM_MEAN)
-PAGES = Path(__file__).parents[2] / "docs" / "reference" / "metrics"
+PAGES = Path(__file__).parents[3] / "docs" / "reference" / "metrics"
 
 
 def has_java(java: Java) -> bool:

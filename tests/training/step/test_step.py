@@ -1,4 +1,4 @@
-"""The step against reference passes on the stock model (tests/helpers/reference_passes.py)."""
+"""The step against reference passes on the stock model (tests/helpers/models/reference_passes.py)."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-LAUNCHER = Path(__file__).parents[2] / "launchers" / "doctor.py"
+LAUNCHER = Path(__file__).parents[3] / "launchers" / "doctor.py"
 
 
 def command(options: dict[str, str]) -> list[str]:
