@@ -102,7 +102,8 @@ def test_a_number_out_of_range_of_a_command(words: str, capsys: pytest.CaptureFi
     assert found or words == "prepare demo"
     for option in found:
         for value in ("inf", "-inf", "nan", "1e400", str(10**30), "-5"):
-            for given in (value, f"[{value}, {value}]"):
+            # Two values in lists are enough: elements are checked as single numbers are (`test_check_numbers`).
+            for given in (value, f"[{value}, {value}]") if value in ("inf", "-5") else (value,):
                 arguments = [*words.split(), *(text for name in required for text in (name, str(tmp_path / "none")))]
                 try:
                     assert main([*arguments, f"{option}={given}"]) == FAILED
