@@ -11,11 +11,12 @@ from typing import Any, get_args
 import torch
 
 from w2r2_ds.demo.pretraining.pair.card import write_card
+from w2r2_ds.demo.pretraining.pair.encoders import VGGT_WEIGHTS, Geometry, geometry_config
 from w2r2_ds.demo.pretraining.pair.evaluate import evaluate
 from w2r2_ds.demo.pretraining.pair.export import export_weights
 from w2r2_ds.demo.pretraining.pair.rooms.tasks import Task
 from w2r2_ds.demo.pretraining.pair.run import round_to_bfloat16, run_stages
-from w2r2_ds.demo.pretraining.pair.settings import Settings
+from w2r2_ds.demo.pretraining.pair.settings import SETTINGS
 
 
 def main(args: list[str] | None = None) -> None:
@@ -23,18 +24,22 @@ def main(args: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m w2r2_ds.demo.pretraining", description=__doc__)
     parser.add_argument("--work", type=Path, required=True, help="folder of rooms and results of stages; continued")
     parser.add_argument("--out", type=Path, required=True, help="folder of the weights and the card")
+    parser.add_argument(
+        "--geometry", choices=get_args(Geometry), default="point_map", help="geometry encoder of the pair"
+    )
+    parser.add_argument("--vggt", type=Path, default=VGGT_WEIGHTS, help="folder of the VGGT, with --geometry vggt")
     parser.add_argument("--threads", type=int, default=1, help="threads of PyTorch")
     options = parser.parse_args(args)
     logging.basicConfig(level="INFO", format="%(asctime)s %(message)s", stream=sys.stderr)
     torch.set_num_threads(options.threads)
-    settings = Settings()
-    pretraining, records = run_stages(options.work, settings)
+    settings, geometry = SETTINGS[options.geometry], geometry_config(options.geometry, options.vggt)
+    pretraining, records = run_stages(options.work, settings, geometry)
     for module in (pretraining.vlm, pretraining.merger):
         round_to_bfloat16(module)
     val, tasks = pretraining.data("val"), get_args(Task)
     scores: dict[str, Any] = {task: evaluate(pretraining.pair, val, task, 10**6) for task in tasks}
     export_weights(pretraining, options.out)
-    write_card(options.out, settings, records, scores, pretraining.tokenizer)
+    write_card(options.out, settings, geometry, records, scores, pretraining.tokenizer)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from w2r2_ds.data.loader import make_collate, make_processor
 from w2r2_ds.demo.pretraining.pair.evaluate import FRAMES
 from w2r2_ds.demo.pretraining.pair.pair import Pair
 from w2r2_ds.demo.pretraining.pair.prompts import Prompts
+from w2r2_ds.demo.pretraining.pair.rooms.geometry import view_geometry
 from w2r2_ds.demo.pretraining.pair.rooms.room_set import GRID
 from w2r2_ds.demo.pretraining.pair.rooms.tasks import TaskQuestion, answers, caption, grounding, targets
 from w2r2_ds.demo.pretraining.pair.rooms.views import RoomData, make_view
@@ -59,7 +60,8 @@ def loaded(shipped: Path, written: Any) -> Loaded:
     pair = Pair(vlm, model.geometry_merger, Prompts(frontend.tokenizer, vlm))
     # The pretraining stores visual tokens in float16; in float32 they are those of the model.
     features = encode_rooms(vlm.model.visual, written.rooms, torch.float32)
-    return Loaded(model, frontend, pair, RoomData(written.rooms, features))
+    geometry = view_geometry(model.geometry, written.rooms, seed=0)
+    return Loaded(model, frontend, pair, RoomData(written.rooms, features, geometry))
 
 
 def own_questions(loaded: Loaded, room: int, task: str) -> list[TaskQuestion]:
@@ -91,7 +93,8 @@ def test_token_ids_images_and_points_equal_those_of_the_processor(loaded: Loaded
         frames = features.visual.tower_frames.permute(0, 2, 3, 1).numpy()
         assert np.array_equal(frames, loaded.data.rooms.images[room, FRAMES])
         # Poses and alignment of the files are rounded to 1e-12, points are float32.
-        points = make_view(loaded.data, room, FRAMES).points
+        # The first three of the channels of a point are its coordinates.
+        points = make_view(loaded.data, room, FRAMES).geometry.unflatten(-1, (4, -1))[..., :3]
         torch.testing.assert_close(features.visual.geometry_frames, points, rtol=0, atol=1e-5)
         compared += 1
     assert compared >= 4

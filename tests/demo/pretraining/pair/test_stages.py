@@ -10,11 +10,13 @@ import pytest
 import torch
 
 from w2r2_ds.demo.pretraining.muon import orthogonalise
+from w2r2_ds.demo.pretraining.pair.encoders import geometry_config, load_encoder
 from w2r2_ds.demo.pretraining.pair.evaluate import grounding_scores
 from w2r2_ds.demo.pretraining.pair.model import make_merger, make_vlm
 from w2r2_ds.demo.pretraining.pair.pair import Pair
 from w2r2_ds.demo.pretraining.pair.prompts import Prompts
 from w2r2_ds.demo.pretraining.pair.rooms.frames import turns_to_camera, world_frame
+from w2r2_ds.demo.pretraining.pair.rooms.geometry import view_geometry
 from w2r2_ds.demo.pretraining.pair.rooms.room_set import (
     BACKGROUND,
     CLASSES,
@@ -38,7 +40,8 @@ from w2r2_ds.models.weights.loading import load_tokenizer
 
 @pytest.fixture(scope="module")
 def data(written: Any) -> RoomData:
-    return RoomData(written.rooms, torch.zeros(2, 2, 6, TOKENS, 8, dtype=torch.float16))
+    geometry = view_geometry(load_encoder(geometry_config("point_map")), written.rooms, seed=0)
+    return RoomData(written.rooms, torch.zeros(2, 2, 6, TOKENS, 8, dtype=torch.float16), geometry)
 
 
 def test_rooms_differ_from_those_of_every_written_data_set() -> None:
@@ -72,7 +75,14 @@ def test_points_of_an_object_are_in_its_box_in_every_frame(data: RoomData, turns
     view = make_view(data, 0, np.array([0, 2, 3, 5]), turns, mirrored)
     low, high = np.split(corners_of(view.boxes), 2, axis=-1)
     # [frames, rows, columns, 4, 3] -> [frames, tokens, 16, 3]
-    points = view.points.numpy().reshape(4, 4, 2, 6, 2, 4, 3).swapaxes(2, 3).reshape(4, TOKENS, 16, 3)
+    # The first three of the channels of a point are its coordinates.
+    points = (
+        view.geometry.unflatten(-1, (4, -1))[..., :3]
+        .numpy()
+        .reshape(4, 4, 2, 6, 2, 4, 3)
+        .swapaxes(2, 3)
+        .reshape(4, TOKENS, 16, 3)
+    )
     frames, tokens = np.nonzero(view.pixels.max(-1) == 784)  # the whole token shows one object
     assert len(frames)
     main = view.pixels.argmax(-1)[frames, tokens]
@@ -178,7 +188,12 @@ def test_scores_of_grounding_answers() -> None:
 def trainer(data: RoomData, shipped: Path) -> QuestionTrainer:
     tokenizer = load_tokenizer(shipped / "vlm")
     vlm = make_vlm(tokenizer, 0)
-    return QuestionTrainer(Pair(vlm, make_merger(0), Prompts(tokenizer, vlm)), DenseHead(0), data, Settings())
+    return QuestionTrainer(
+        Pair(vlm, make_merger(0, data.geometry.encoder.spec.feature_dim), Prompts(tokenizer, vlm)),
+        DenseHead(0),
+        data,
+        Settings(),
+    )
 
 
 def test_answers_have_equal_weight(trainer: QuestionTrainer) -> None:

@@ -92,15 +92,15 @@ def greedy(
         data: rooms of the views.
         views: one view per room.
         items: index of the view and question.
-        mode: ``fused``; ``only_2d`` without geometry; ``shuffled`` with the point maps of the next view; ``other_room``
+        mode: ``fused``; ``only_2d`` without geometry; ``shuffled`` with the geometry of the next view; ``other_room``
             with its images too, so that only the text fits: a baseline of answers that need no frames.
     """
-    visual, points = stack_views(views)
+    visual, geometry = stack_views(views)
     if mode in ("shuffled", "other_room"):
-        points = points.roll(-1, 0)
+        geometry = geometry.roll(-1, 0)
     if mode == "other_room":
         visual = visual.roll(-1, 0)
-    embeddings = pair.prefix_embeddings(visual, points, torch.full((len(views),), mode != "only_2d"))
+    embeddings = pair.prefix_embeddings(visual, geometry, torch.full((len(views),), mode != "only_2d"))
     ids = [pair.prompts.question(question.question) for _, question in items]
     by_length: dict[int, list[int]] = {}
     for index, each in enumerate(ids):

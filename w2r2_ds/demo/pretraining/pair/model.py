@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
 from w2r2_ds.data.tasks import scan2cap, scanqa, scanrefer
-from w2r2_ds.demo.pretraining.pair.rooms.room_set import CLASSES, COLORS, GEOMETRY, room_generator
+from w2r2_ds.demo.pretraining.pair.rooms.room_set import CLASSES, COLORS, room_generator
 from w2r2_ds.demo.pretraining.pair.settings import (
     HIDDEN,
     MERGER_HIDDEN,
@@ -89,11 +89,11 @@ def make_vlm(tokenizer: Qwen2Tokenizer, seed: int) -> PreTrainedModel:
     return vlm
 
 
-def make_merger(seed: int) -> GeometryMerger:
-    """A geometry merger for the features of the point-map encoder, with standard deviations ``1 / sqrt(columns)``."""
+def make_merger(seed: int, feature_dim: int) -> GeometryMerger:
+    """A geometry merger for features of `feature_dim` channels, with standard deviations ``1 / sqrt(columns)``."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed + 2)
-        merger = GeometryMerger(GEOMETRY.feature_dim, HIDDEN, MERGER_HIDDEN)
+        merger = GeometryMerger(feature_dim, HIDDEN, MERGER_HIDDEN)
         for layer in merger.mlp:
             if isinstance(layer, nn.Linear):
                 nn.init.normal_(layer.weight, std=layer.in_features**-0.5)

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from w2r2_ds.demo.pretraining.pair.prompts import Prompts
 from w2r2_ds.demo.pretraining.pair.scene_attention import SCENE_ATTENTION
-from w2r2_ds.models.geometry.point_map import PointMapEncoder
 from w2r2_ds.models.merger import GeometryMerger
 
 DENSE_LAYERS = 2
@@ -17,7 +15,7 @@ DENSE_LAYERS = 2
 
 
 class Pair:
-    """Language model, point-map encoder and geometry merger, with the fusion `add`.
+    """Language model and geometry merger, with the fusion `add`.
 
     Args:
         vlm: Qwen2.5-VL; its language model is trained in place.
@@ -29,22 +27,21 @@ class Pair:
         self.vlm, self.merger, self.prompts = vlm, merger, prompts
         self.text = vlm.model.language_model
         self.text.config._attn_implementation = SCENE_ATTENTION
-        self.encoder = PointMapEncoder(torch.float32, torch.device("cpu"))
 
-    def prefix_embeddings(self, visual: Tensor, points: Tensor, with_geometry: Tensor) -> Tensor:
+    def prefix_embeddings(self, visual: Tensor, geometry: Tensor, with_geometry: Tensor) -> Tensor:
         """Input embeddings of system turn and frames.
 
         Args:
             visual: ``[rooms, frames, tokens, hidden]``.
-            points: ``[rooms, frames, rows, columns, 4, 3]``, metres.
+            geometry: ``[rooms, frames, rows, columns, channels]`` features of the geometry encoder.
             with_geometry: ``[rooms]`` bool; False for rooms in 2D only.
 
         Returns:
             ``[rooms, prefix tokens, hidden]``.
         """
-        geometry = self.merger(list(self.encoder.encode(points))).view(len(visual), -1, visual.shape[-1])
+        merged: Tensor = self.merger(list(geometry)).view(len(visual), -1, visual.shape[-1])
         embeddings: Tensor = self.text.embed_tokens(self.prompts.prefix).expand(len(visual), -1, -1).clone()
-        embeddings[:, self.prompts.visual] = visual.flatten(1, 2) + geometry * with_geometry[:, None, None]
+        embeddings[:, self.prompts.visual] = visual.flatten(1, 2) + merged * with_geometry[:, None, None]
         return embeddings
 
     def logits(self, states: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -12,10 +12,13 @@ from typing import Any, Literal, get_args
 import torch
 from transformers import Qwen2Tokenizer
 
+from w2r2_ds.config.schema import GeometryConfig
+from w2r2_ds.demo.pretraining.pair.encoders import identity, load_encoder
 from w2r2_ds.demo.pretraining.pair.evaluate import evaluate
 from w2r2_ds.demo.pretraining.pair.model import make_merger, make_tokenizer, make_vlm, word_vectors
 from w2r2_ds.demo.pretraining.pair.pair import Pair
 from w2r2_ds.demo.pretraining.pair.prompts import Prompts
+from w2r2_ds.demo.pretraining.pair.rooms.geometry import view_geometry
 from w2r2_ds.demo.pretraining.pair.rooms.room_set import RoomSet, load_rooms, make_rooms, save_rooms
 from w2r2_ds.demo.pretraining.pair.rooms.tasks import Task
 from w2r2_ds.demo.pretraining.pair.rooms.views import RoomData
@@ -24,6 +27,7 @@ from w2r2_ds.demo.pretraining.pair.stages.dense import DenseHead, DenseTrainer
 from w2r2_ds.demo.pretraining.pair.stages.questions import QuestionTrainer
 from w2r2_ds.demo.pretraining.pair.stages.tower import TowerTrainer, accuracy, encode_rooms, scale_outputs
 from w2r2_ds.demo.pretraining.record import StageRecord
+from w2r2_ds.models.geometry.encoder import GeometryEncoder
 from w2r2_ds.models.patch_embedding import use_matrix_products
 from w2r2_ds.utils.files import atomic_io
 from w2r2_ds.utils.files.json_io import read_json_object
@@ -32,6 +36,8 @@ logger = logging.getLogger(__name__)
 
 SETTINGS = "settings.json"
 """File of the settings in the work folder."""
+TOWER = "tower"
+"""Name of stage 1, which has no geometry."""
 COURSE_QUESTIONS = 240
 """Questions of each task of an evaluation in the course of stage 3."""
 
@@ -48,27 +54,35 @@ class Pretraining:
         settings: data, lengths and learning rates.
         train: training rooms.
         val: validation rooms.
+        encoder: frozen geometry encoder.
         tokenizer: the tokenizer; None to train it.
     """
 
     def __init__(
-        self, settings: Settings, train: RoomSet, val: RoomSet, tokenizer: Qwen2Tokenizer | None = None
+        self,
+        settings: Settings,
+        train: RoomSet,
+        val: RoomSet,
+        encoder: GeometryEncoder,
+        tokenizer: Qwen2Tokenizer | None = None,
     ) -> None:
-        self.settings, self.train, self.val = settings, train, val
+        self.settings, self.train, self.val, self.encoder = settings, train, val, encoder
         self.tokenizer = tokenizer or make_tokenizer(settings.seed)
         self.vlm = make_vlm(self.tokenizer, settings.seed)
-        self.merger, self.head = make_merger(settings.seed), DenseHead(settings.seed)
+        self.merger = make_merger(settings.seed, encoder.spec.feature_dim)
+        self.head = DenseHead(settings.seed)
         use_matrix_products(self.vlm.model.visual)
         self.words = word_vectors(self.tokenizer, self.vlm.model.language_model.embed_tokens.weight.detach())
         self.pair = Pair(self.vlm, self.merger, Prompts(self.tokenizer, self.vlm))
         self._data: dict[str, RoomData] = {}
 
     def data(self, split: Literal["train", "val"]) -> RoomData:
-        """Rooms of a split with the outputs of the trained tower."""
+        """Rooms of a split with the outputs of the trained tower and of the geometry encoder."""
         if split not in self._data:
             rooms = self.train if split == "train" else self.val
             logger.info("encoding %d rooms", len(rooms))
-            self._data[split] = RoomData(rooms, encode_rooms(self.vlm.model.visual, rooms))
+            geometry = view_geometry(self.encoder, rooms, self.settings.seed)
+            self._data[split] = RoomData(rooms, encode_rooms(self.vlm.model.visual, rooms), geometry)
         return self._data[split]
 
     def run_tower(self, record: StageRecord) -> None:
@@ -97,7 +111,7 @@ class Pretraining:
 
     def stages(self) -> dict[str, Callable[[StageRecord], None]]:
         """Name -> stage, in order."""
-        return {"tower": self.run_tower, "dense": self.run_dense, "questions": self.run_questions}
+        return {TOWER: self.run_tower, "dense": self.run_dense, "questions": self.run_questions}
 
     def state(self) -> dict[str, Any]:
         """All weights."""
@@ -133,44 +147,53 @@ def stored_rooms(folder: Path, split: str, count: int, seed: int) -> RoomSet:
     return load_rooms(file)
 
 
-def check_settings(folder: Path, settings: Settings) -> None:
+def check_settings(folder: Path, wanted: Mapping[str, Any]) -> None:
     """Compare the settings with those of the results in the work folder, and write them.
 
     Raises:
         ValueError: a setting differs, so that the results would be taken for those of these settings.
     """
-    file, wanted = folder / SETTINGS, asdict(settings)
+    file = folder / SETTINGS
     if file.is_file():
         found = read_json_object(file)
-        if different := [name for name in found | wanted if found.get(name) != wanted.get(name)]:
+        if different := [name for name in {**found, **wanted} if found.get(name) != wanted.get(name)]:
             raise ValueError(
                 f"--work: {folder} has rooms and stages of another {' and '.join(different)}; use another folder."
             )
-    atomic_io.replace(file, json.dumps(wanted, indent=1) + "\n")
+    atomic_io.replace(file, json.dumps(dict(wanted), indent=1) + "\n")
 
 
-def run_stages(folder: Path, settings: Settings) -> tuple[Pretraining, dict[str, Any]]:
-    """Run all stages, or load their results from the work folder.
+def run_stages(folder: Path, settings: Settings, geometry: GeometryConfig) -> tuple[Pretraining, dict[str, Any]]:
+    """Run all stages, or load their results from the work folder. Rooms and stage 1 are the same with any geometry.
+
+    Args:
+        folder: work folder.
+        settings: data, lengths and learning rates.
+        geometry: geometry encoder.
 
     Returns:
         The pretraining with the final weights, and the record of each stage.
 
     Raises:
-        ValueError: the results in the work folder are of other settings.
+        ValueError: the results in the work folder are of other settings, or the encoder cannot be loaded.
     """
+    encoder = load_encoder(geometry)
     folder.mkdir(parents=True, exist_ok=True)
-    check_settings(folder, settings)
+    check_settings(folder, asdict(settings) | identity(geometry))
     rooms = [
         stored_rooms(folder, split, count, settings.seed)
         for split, count in (("train", settings.train_rooms), ("val", settings.val_rooms))
     ]
-    pretraining = Pretraining(settings, *rooms)
+    pretraining = Pretraining(settings, rooms[0], rooms[1], encoder)
     records = {}
     for name, run in pretraining.stages().items():
         file = folder / f"{name}.pt"
         if file.is_file():
             stored = torch.load(file, weights_only=True)
-            pretraining.load_state(stored["state"])
+            if name == TOWER:  # the merger is that of the encoder
+                pretraining.vlm.load_state_dict(stored["state"]["vlm"])
+            else:
+                pretraining.load_state(stored["state"])
         else:
             record = StageRecord(name)
             run(record)

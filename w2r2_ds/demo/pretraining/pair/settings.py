@@ -82,3 +82,10 @@ class Settings:
     captions: float = 0.2
     answers: float = 0.25
     colors: float = 0.8
+
+
+SETTINGS = {
+    "point_map": Settings(),
+    "vggt": Settings(dense_steps=1000, question_steps=1000, geometry_steps=300, eval_every=500),
+}
+"""Settings of the shipped pairs, by geometry encoder."""

@@ -10,20 +10,21 @@ import torch
 from torch import Tensor
 
 from w2r2_ds.demo.pretraining.pair.rooms.frames import WorldFrame, turns_to_camera, world_frame
+from w2r2_ds.demo.pretraining.pair.rooms.geometry import ViewGeometry
 from w2r2_ds.demo.pretraining.pair.rooms.room_set import BACKGROUND, TOKEN_GRID, RoomSet
-from w2r2_ds.demo.pretraining.pair.settings import ROOM_FRAMES, SAMPLE_FRAMES
 
 
 class RoomData:
-    """Rooms with the outputs of the trained tower.
+    """Rooms with the outputs of the trained tower, and their geometry features.
 
     Args:
         rooms: the rooms.
         features: ``[rooms, 2, frames, tokens, hidden]`` float16 of `tower.encode_rooms`.
+        geometry: geometry features of the rooms.
     """
 
-    def __init__(self, rooms: RoomSet, features: Tensor) -> None:
-        self.rooms, self.features = rooms, features
+    def __init__(self, rooms: RoomSet, features: Tensor, geometry: ViewGeometry) -> None:
+        self.rooms, self.features, self.geometry = rooms, features, geometry
         self.token_pixels = rooms.token_pixels()[..., BACKGROUND:]
         self.unique, self.single = rooms.is_unique(), rooms.is_single()
 
@@ -37,7 +38,7 @@ class View:
         frames: ``[4]`` indices of the frames.
         frame: world frame.
         visual: ``[4, tokens, hidden]`` float32 outputs of the tower.
-        points: ``[4, rows, columns, 4, 3]`` float32, metres.
+        geometry: ``[4, rows, columns, channels]`` float32 features of the geometry encoder.
         boxes: ``[objects, 6]`` float64 centre and size of all objects, metres.
         pixels: ``[4, tokens, objects]`` pixels of each object in the visual tokens.
     """
@@ -46,7 +47,7 @@ class View:
     frames: np.ndarray
     frame: WorldFrame
     visual: Tensor
-    points: Tensor
+    geometry: Tensor
     boxes: np.ndarray
     pixels: np.ndarray
 
@@ -73,20 +74,19 @@ def make_view(data: RoomData, room: int, frames: np.ndarray, turns: int | None =
         frames,
         frame,
         data.features[room, int(mirrored)][torch.from_numpy(frames)].float(),
-        torch.from_numpy(frame.point_map(rooms.points[room, frames])),
+        data.geometry.features(room, frames, frame),
         frame.boxes(rooms.boxes[room]),
         pixels,
     )
 
 
 def draw_view(data: RoomData, rng: np.random.Generator, demo_frame: bool) -> View:
-    """A random view, mirrored half of the time, in a random world frame or in the demo's."""
+    """A random view, mirrored half of the time, in a world frame that the geometry tells or in the demo's."""
     room = int(rng.integers(len(data.rooms)))
-    frames = np.sort(rng.choice(ROOM_FRAMES, SAMPLE_FRAMES, replace=False))
-    turns = int(rng.integers(4))
-    return make_view(data, room, frames, None if demo_frame else turns, bool(rng.integers(2)))
+    choice = data.geometry.draw(rng, room)
+    return make_view(data, room, choice.frames, None if demo_frame else choice.turns, choice.mirrored)
 
 
 def stack_views(views: Sequence[View]) -> tuple[Tensor, Tensor]:
-    """``[views, 4, tokens, hidden]`` visual tokens and ``[views, 4, rows, columns, 4, 3]`` points."""
-    return torch.stack([view.visual for view in views]), torch.stack([view.points for view in views])
+    """``[views, 4, tokens, hidden]`` visual tokens and ``[views, 4, rows, columns, channels]`` geometry features."""
+    return torch.stack([view.visual for view in views]), torch.stack([view.geometry for view in views])
