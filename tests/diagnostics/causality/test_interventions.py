@@ -23,6 +23,7 @@ from w2r2_ds.diagnostics.causality.interventions import (
     not_applicable,
 )
 from w2r2_ds.diagnostics.causality.measures import measure_causality
+from w2r2_ds.diagnostics.causality.results import CausalityAnswers, causality_results
 from w2r2_ds.evaluation.predictions.record import record_of
 from w2r2_ds.evaluation.protocols.records import enclosing_box
 from w2r2_ds.types.geometry import GeometrySpec, PointMapSpec
@@ -141,6 +142,17 @@ def test_a_model_that_ignores_the_points_has_slope_0(box_format: str, kind: str)
     for name, each in measures["numbers"].items():
         if each["rows"]:
             assert each["follows"]["value"] == 0 and (name == "centre" or each["slope"]["value"] == 0)
+
+
+def test_changes_are_counted_by_the_decimals_of_the_set() -> None:
+    """A scale by 0.85 changes sizes of 0.4 to 0.6 m by less than 0.1 m."""
+    before, after = answered(ignores_points, "world", "scale")
+    counted = []
+    for decimals in (1, 2):
+        samples = [replace(sample, decimals=decimals) for sample in make_rooms("world")]
+        found = causality_results({"fused": before}, CausalityAnswers(after, {}, {}, {}), samples, 100, 0)
+        counted.append(found["interventions"]["scale"]["numbers"]["size_x"]["rows"])
+    assert 0 < counted[0] < counted[1] == len(samples) * len(after)
 
 
 def test_only_the_geometry_changes() -> None:

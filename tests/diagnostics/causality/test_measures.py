@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from w2r2_ds.diagnostics.causality.measures import MIN_CHANGE, NUMBERS, Answers, measure_causality
+from w2r2_ds.diagnostics.causality.measures import NUMBERS, Answers, measure_causality
 from w2r2_ds.models.geometry.point_transforms import world_change
 
 Model = Callable[[np.ndarray], np.ndarray]
@@ -82,7 +82,7 @@ def test_noise_lowers_the_correlation_and_not_the_slope() -> None:
     assert 0.1 < found["slope"]["high"] - found["slope"]["low"] < 0.6
     assert 0.5 < found["correlation"]["low"] < found["correlation"]["high"] < 0.99
     x, y = (part[:, 0] - noisy.before[:, 0] for part in (noisy.expected, noisy.after))
-    moved = np.abs(x) >= MIN_CHANGE
+    moved = np.abs(x) >= 0.01
     assert found["rows"] == moved.sum()
     assert found["slope"]["value"] == pytest.approx((x * y)[moved].sum() / (x * x)[moved].sum())
     assert found["correlation"]["value"] == pytest.approx(np.corrcoef(x[moved], y[moved])[0, 1])
@@ -132,3 +132,31 @@ def test_few_scenes_have_no_interval() -> None:
     found = measure_causality(Answers(["one"] * 120, exact.before, exact.after, exact.expected), 100)["numbers"]["x"]
     assert found["slope"]["value"] == pytest.approx(1) and found["slope"]["low"] is None
     assert found["correlation"]["value"] == pytest.approx(1) and found["correlation"]["reason"]
+
+
+@pytest.mark.parametrize(("decimals", "tolerance"), [(1, 0.02), (2, 0.004)])
+def test_rounded_answers(decimals: int, tolerance: float) -> None:
+    """Tolerance: rounding moves a size of 0.3 to 2 m by at most half a unit, with both signs."""
+    follows = answers_of(lambda shown: shown.round(decimals))
+    found = measure_causality(follows, 100, decimals=decimals)["numbers"]
+    stays = measure_causality(answers_of(lambda shown: BOXES.round(decimals)), 100, decimals=decimals)["numbers"]
+    for name in NUMBERS[:6]:
+        assert found[name]["slope"]["value"] == pytest.approx(1, abs=tolerance), name
+        assert found[name]["follows"]["value"] > 0.95, name
+        assert stays[name]["slope"]["value"] == stays[name]["follows"]["value"] == 0, name
+
+
+def test_changes_below_the_resolution_of_the_answers_do_not_count() -> None:
+    before, after, expected = (np.zeros((4, 9)) for _ in range(3))
+    before[:, 0] = 0.2
+    # The last change is one unit, although the difference of the binary numbers is a little smaller.
+    expected[:, 0] = [0.2, 0.22, 0.11, 0.3]
+    after[:, 0] = [0.2, 0.2, 0.2, 0.3]
+    answers = Answers(SCENES[:4], before, after, expected)
+    assert expected[3, 0] - before[3, 0] < 0.1
+    coarse, fine = (measure_causality(answers, 100, decimals=decimals)["numbers"] for decimals in (1, 2))
+    assert [each["x"]["rows"] for each in (coarse, fine)] == [each["centre"]["rows"] for each in (coarse, fine)]
+    assert (coarse["x"]["rows"], fine["x"]["rows"]) == (1, 3)
+    assert coarse["x"]["slope"]["value"] == pytest.approx(1) and fine["x"]["slope"]["value"] < 1
+    still = measure_causality(Answers(SCENES[:4], before, after, before), 100, decimals=1)["numbers"]["x"]
+    assert "0.1" in still["slope"]["reason"]

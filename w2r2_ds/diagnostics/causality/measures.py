@@ -22,9 +22,8 @@ from w2r2_ds.diagnostics.bootstrap import Estimate, Ratio, SceneBootstrap
 
 NUMBERS = ("x", "y", "z", "size_x", "size_y", "size_z", "a0", "a1", "a2")
 """Numbers of a box ``[9]``: centre and size in metres, ZXY angles in radians."""
-MIN_CHANGE = 0.02
-"""Smallest expected change of a number that counts, in metres or radians: two units of the last decimal of an answer,
-whose rounding moves it by up to one."""
+ROUNDING = 1e-9
+"""Largest rounding error of an expected change of exactly one unit of the last decimal."""
 CENTRE = "centre"
 
 
@@ -48,20 +47,23 @@ class Answers:
     expected: np.ndarray
 
 
-def measure_causality(answers: Answers, resamples: int = 2000, seed: int = 0) -> dict[str, Any]:
+def measure_causality(answers: Answers, resamples: int = 2000, seed: int = 0, decimals: int = 2) -> dict[str, Any]:
     """Slope, correlation and share of following answers of every number of the box, with intervals over scenes.
 
     Args:
         answers: at least one row.
         resamples: resamples of the bootstrap.
         seed: seed of the bootstrap.
+        decimals: digits after the decimal point of the answers. Rounding hides an expected change below one unit of the
+            last one, so that a number with such a change does not count.
 
     Returns:
         ``rows`` and ``compared`` (rows whose answers can be compared), ``unchanged`` (share of the compared rows whose
         numbers are all equal), and ``numbers``: name -> ``rows`` (compared rows whose expected change is at least
-        `MIN_CHANGE`), ``slope``, ``correlation``, ``follows`` (each ``value``, ``low``, ``high``, ``reason``).
-        ``centre`` has only ``follows``, by the distance of the centres.
+        one unit of the last decimal, in metres or radians), ``slope``, ``correlation``, ``follows`` (each ``value``,
+        ``low``, ``high``, ``reason``). ``centre`` has only ``follows``, by the distance of the centres.
     """
+    least = 10.0**-decimals
     x, y = _change(answers.expected, answers.before), _change(answers.after, answers.before)
     used = ~np.isnan(x).all(axis=0)  # [9], the numbers that the answers have
     # Without any box before the change there is nothing to compare.
@@ -69,12 +71,12 @@ def measure_causality(answers: Answers, resamples: int = 2000, seed: int = 0) ->
     unchanged = (y[compared][:, used] == 0).all(axis=1)
     numbers: dict[str, dict[str, Any]] = {}
     for index in np.flatnonzero(used):
-        moved = compared & (np.abs(x[:, index]) >= MIN_CHANGE)
-        numbers[NUMBERS[index]] = _measures(answers, moved, x[:, index], y[:, index], resamples, seed)
+        moved = compared & (np.abs(x[:, index]) >= least - ROUNDING)
+        numbers[NUMBERS[index]] = _measures(answers, moved, x[:, index], y[:, index], least, resamples, seed)
     distance = np.linalg.norm(x[:, :3], axis=1)
-    moved = compared & (distance >= MIN_CHANGE)
+    moved = compared & (distance >= least - ROUNDING)
     nearer = np.linalg.norm(y[:, :3] - x[:, :3], axis=1) < np.linalg.norm(y[:, :3], axis=1)
-    follows = _share(answers, moved, nearer, resamples, seed)
+    follows = _share(answers, moved, nearer, least, resamples, seed)
     numbers[CENTRE] = {"rows": int(moved.sum()), "follows": asdict(follows)}
     return {
         "rows": len(x),
@@ -85,7 +87,7 @@ def measure_causality(answers: Answers, resamples: int = 2000, seed: int = 0) ->
 
 
 def _measures(
-    answers: Answers, moved: np.ndarray, x: np.ndarray, y: np.ndarray, resamples: int, seed: int
+    answers: Answers, moved: np.ndarray, x: np.ndarray, y: np.ndarray, least: float, resamples: int, seed: int
 ) -> dict[str, Any]:
     """Measures of one number.
 
@@ -94,13 +96,14 @@ def _measures(
         moved: ``[rows]`` bool, the rows that count.
         x: ``[rows]`` expected change of the number.
         y: ``[rows]`` change of the number.
+        least: smallest expected change that counts.
         resamples: resamples of the bootstrap.
         seed: seed of the bootstrap.
     """
     rows: dict[str, Any] = {"rows": int(moved.sum())}
-    follows = _share(answers, moved, np.abs(y - x) < np.abs(y), resamples, seed)
+    follows = _share(answers, moved, np.abs(y - x) < np.abs(y), least, resamples, seed)
     if not moved.any():
-        none = Estimate(None, reason=f"no expected change of at least {MIN_CHANGE}")
+        none = Estimate(None, reason=f"no expected change of at least {least:g}")
         return rows | dict.fromkeys(("slope", "correlation", "follows"), asdict(none))
     bootstrap = _bootstrap(answers, moved, resamples, seed)
     x, y = x[moved], y[moved]
@@ -109,10 +112,10 @@ def _measures(
     return rows | {"slope": asdict(slope), "correlation": asdict(correlation), "follows": asdict(follows)}
 
 
-def _share(answers: Answers, moved: np.ndarray, hits: np.ndarray, resamples: int, seed: int) -> Estimate:
+def _share(answers: Answers, moved: np.ndarray, hits: np.ndarray, least: float, resamples: int, seed: int) -> Estimate:
     """Share of the rows `moved` that are hits."""
     if not moved.any():
-        return Estimate(None, reason=f"no expected change of at least {MIN_CHANGE}")
+        return Estimate(None, reason=f"no expected change of at least {least:g}")
     chosen = hits[moved].astype(np.float64)
     return _bootstrap(answers, moved, resamples, seed).score(Ratio(chosen, np.ones(len(chosen))))
 

@@ -95,10 +95,11 @@ def causality_results(
         seed: seed of the bootstrap.
     """
     before = rows["fused"][: len(samples)]
+    decimals = min(sample.decimals for sample in samples)
     kinds: dict[str, dict[str, Any]] = {}
     for kind in dict.fromkeys(each.kind for each in answers.changed):
         own = {each: records for each, records in answers.changed.items() if each.kind == kind}
-        measures = measure_causality(compare_answers(before, own), resamples, seed)
+        measures = measure_causality(compare_answers(before, own), resamples, seed, decimals)
         kinds[kind] = {"amounts": [each.amount for each in own], "samples": len(samples), **measures}
     rays = [rays_on_target(sample) for sample in samples] if answers.removed else []
     removed = {
@@ -106,7 +107,7 @@ def causality_results(
     }
     paired = {
         each.shift: {"data": str(each.folder)}
-        | measure_causality(compare_with_pairs(before, records, samples, each.samples), resamples, seed)
+        | measure_causality(compare_with_pairs(before, records, samples, each.samples), resamples, seed, decimals)
         for each, records in answers.paired.items()
     }
     replaced = {
