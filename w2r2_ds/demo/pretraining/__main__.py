@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -28,11 +29,13 @@ def main(args: list[str] | None = None) -> None:
         "--geometry", choices=get_args(Geometry), default="point_map", help="geometry encoder of the pair"
     )
     parser.add_argument("--vggt", type=Path, default=VGGT_WEIGHTS, help="folder of the VGGT, with --geometry vggt")
+    parser.add_argument("--seed", type=int, default=0, help="seed of rooms, weights and draws")
     parser.add_argument("--threads", type=int, default=1, help="threads of PyTorch")
     options = parser.parse_args(args)
     logging.basicConfig(level="INFO", format="%(asctime)s %(message)s", stream=sys.stderr)
     torch.set_num_threads(options.threads)
-    settings, geometry = SETTINGS[options.geometry], geometry_config(options.geometry, options.vggt)
+    settings = replace(SETTINGS[options.geometry], seed=options.seed)
+    geometry = geometry_config(options.geometry, options.vggt)
     pretraining, records = run_stages(options.work, settings, geometry)
     for module in (pretraining.vlm, pretraining.merger):
         round_to_bfloat16(module)
