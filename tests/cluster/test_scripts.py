@@ -131,16 +131,23 @@ def write_tasks(folder: Path, *tasks: list[list[str]]) -> Path:
 
 
 def test_an_ablation_trains_and_evaluates_every_run(root: Path, tmp_path: Path) -> None:
-    first = [["train", "--deepspeed", "x.json", "--data.val=[{path: a b}]"], ["evaluate", "fused", "--out=e/fused"]]
+    first = [
+        ["train", "--deepspeed", "x.json", "--data.val=[{path: a b}]"],
+        ["evaluate", '--evaluations={"a": {"limit": 1}}'],
+    ]
     folder = write_tasks(tmp_path / "out", first, [["train", "--out=r2"]])
     train, evaluate, other = lines(script(root, "ablate", "--dry-run", str(folder), "--skip-doctor", "--train.lr=1"))
     options = ["--deepspeed", "x.json", "--data.val=[{path: a b}]", "--train.lr=1", "--resume", "auto"]
     assert train[train.index("python") :] == ["python", "launchers/train.py", *options]
-    assert evaluate[evaluate.index("python") :] == ["python", "launchers/evaluate.py", "--out=e/fused"]
+    assert evaluate[evaluate.index("python") :] == [
+        "python",
+        "launchers/evaluate.py",
+        '--evaluations={"a": {"limit": 1}}',
+    ]
     assert other[-4:] == ["--out=r2", "--train.lr=1", "--resume", "auto"]
     assert [line[line.index("slurm/rank.sh") + 1].rpartition("/")[2] for line in (train, evaluate)] == [
         "train",
-        "evaluate-fused",
+        "evaluate",
     ]
 
 
@@ -169,19 +176,19 @@ def test_a_task_of_an_ablation(tmp_path: Path) -> None:
     for name, text in (("srun", SRUN), ("scontrol", "#!/bin/bash\necho n1\n")):
         (programs / name).write_text(text)
         (programs / name).chmod(0o755)
-    commands = [["train", "--out=r"], ["evaluate", "fused", "--a"], ["evaluate", "zero", "--b"]]
-    folder = write_tasks(tmp_path / "out", commands, [["train", "--fail"], ["evaluate", "e", "--c"]])
+    commands = [["train", "--out=r"], ["evaluate", "--a"]]
+    folder = write_tasks(tmp_path / "out", commands, [["train", "--fail"], ["evaluate", "--c"]])
     job = {"SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1", "SLURMD_NODENAME": "n1"}
     environment = {**job, "PATH": f"{programs}:{os.environ['PATH']}", "TMPDIR": str(tmp_path)}
     environment["SLURM_SUBMIT_DIR"] = str(other)
     done = script(other, "ablate", str(folder), "--skip-doctor", **environment, SLURM_ARRAY_TASK_ID="0")
     assert done.returncode == 0, done.stdout + done.stderr
     calls = (other / "calls.txt").read_text().splitlines()
-    assert calls == ["train --deepspeed ds_configs/zero3.json --out=r --resume auto", "evaluate --a", "evaluate --b"]
-    assert "evaluate-fused: done" in done.stdout and "evaluate-zero: done" in done.stdout
+    assert calls == ["train --deepspeed ds_configs/zero3.json --out=r --resume auto", "evaluate --a"]
+    assert "evaluate: done" in done.stdout
     failed = script(other, "ablate", str(folder), "--skip-doctor", **environment, SLURM_ARRAY_TASK_ID="1")
     assert failed.returncode == 1 and "ended with 3; not requeued" in failed.stderr
-    assert len((other / "calls.txt").read_text().splitlines()) == 4  # no evaluation after a failed training
+    assert len((other / "calls.txt").read_text().splitlines()) == 3  # no evaluation after a failed training
     beyond = script(other, "ablate", str(folder), **environment, SLURM_ARRAY_TASK_ID="2")
     assert beyond.returncode == 1 and f"{folder}/slurm/task-2.txt" in beyond.stderr
 

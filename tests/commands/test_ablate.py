@@ -43,7 +43,7 @@ def test_dry_run_prints_the_commands_and_writes_nothing(out: Path, capsys: pytes
     first = lines[0]
     assert first[first.index("--train.steps") + 1] == "5" and f"--config={DEMO}" in first
     assert {"--objective.lambda_det=0", "--train.seed=0", "--demo.enabled=false", "--resume=auto"} <= set(first)
-    assert "--geometry=zero" in lines[1] and not out.exists()
+    assert '--evaluations={"zero": {"geometry": "zero"}}' in lines[1] and not out.exists()
 
 
 def test_grids_of_a_file_and_a_preset_are_concatenated(
@@ -77,6 +77,8 @@ def test_grids_of_a_file_and_a_preset_are_concatenated(
         (["--evaluations", "{a: {geometri: zero}}"], "geometri"),
         (["--evaluations", "{a: {checkpoint: x}}"], "checkpoint"),
         (["--evaluations", "{a: {reuse: false}}"], "reuse"),
+        (["--evaluations", "{a: {vlm: x}}"], "vlm"),
+        (["--evaluations", "{a: {limit: .nan}}"], "limit"),
         (["--grid", "{objective.push_term: {name: none}}", "--preset", "push_terms"], "push_term=none"),
         (["--evaluations", "{a: 3}"], "--evaluations"),
         (["--dry_run", "--slurm"], "--slurm"),
@@ -173,3 +175,6 @@ def test_an_evaluation_of_a_run_with_several_tasks_needs_a_task(tmp_path: Path) 
     base = load_config(DEMO, ["--demo.enabled", "false", "--data.root", str(tmp_path), "--data.val", sets])
     with pytest.raises(ValueError, match=r"--evaluations: fused: data\.val has scanrefer .* --task"):
         ablate.prepare(make_plan(tmp_path / "out", [{"objective.mu": [0.1]}]), base, [base])
+    small = make_plan(tmp_path / "out", [{"objective.mu": [0.1]}], evaluations={"a": {"batch_size": 0}})
+    with pytest.raises(ValueError, match="--evaluations: a: --batch_size"):
+        ablate.prepare(small, base, [base])

@@ -23,8 +23,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
     def visual(path: Path, out: Path, options: Any, *, task: str | None, **where: Any) -> None:
         found.append(("visual", (path, out, options, task, where)))
 
-    def model(path: Path, out: Path, options: Any, **more: Any) -> list[Any]:
-        found.append(("table", (path, out, more["data"])))
+    def model(path: Path, out: Path, evaluation: Any, options: Any, ranks: Any) -> list[Any]:
+        found.append(("table", (path, out, evaluation.data)))
         return []
 
     monkeypatch.setattr(visual_tokens, "diagnose_visual_tokens", visual)

@@ -21,6 +21,7 @@ from w2r2_ds.config.schema import RunConfig
 from w2r2_ds.convert.peft_adapter import _absolute, adapter_config, export_adapter, load_adapter, readme
 from w2r2_ds.data.dataset import load_mixture
 from w2r2_ds.data.loader import prompt_loader
+from w2r2_ds.evaluation.options import EvaluationOptions
 from w2r2_ds.evaluation.runner import evaluate
 from w2r2_ds.models.build import build_model, trainable
 from w2r2_ds.training.checkpoint.manifest import write_manifest
@@ -66,7 +67,7 @@ def test_the_adapter_gives_the_answers_of_its_checkpoint(
     outs = []
     for source in (trained, adapter):
         outs.append(tmp_path / source.name)
-        evaluate(source, outs[-1], geometry, batch_size=8, max_new_tokens=40)
+        evaluate(source, outs[-1], EvaluationOptions(geometry, batch_size=8, max_new_tokens=40))
     ours, theirs = [(out / f"predictions-scanrefer-{geometry}.jsonl").read_text() for out in outs]
     assert ours == theirs and ours
 

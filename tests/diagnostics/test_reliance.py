@@ -17,6 +17,7 @@ from w2r2_ds.data.prepare.pipeline import prepare
 from w2r2_ds.data.tasks.base import TaskOptions
 from w2r2_ds.demo.synthetic.options import ShiftOptions
 from w2r2_ds.demo.synthetic.write import write_dataset
+from w2r2_ds.evaluation.options import EvaluationOptions
 from w2r2_ds.evaluation.runner import evaluate
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(1200)]
@@ -32,8 +33,10 @@ def diagnosed(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     """Folder of a diagnosis on the two training rooms, whose fused answers existed; evaluate's scores; the result."""
     out = tmp_path_factory.mktemp("diagnosis")
     scores = {
-        "fused": evaluate(trained, out, "fused", max_new_tokens=TOKENS, data=TRAIN),
-        "zero": evaluate(trained, out / "own", "zero", max_new_tokens=TOKENS, limit=LIMIT, data=TRAIN),
+        "fused": evaluate(trained, out, EvaluationOptions(max_new_tokens=TOKENS, data=TRAIN)),
+        "zero": evaluate(
+            trained, out / "own", EvaluationOptions("zero", max_new_tokens=TOKENS, limit=LIMIT, data=TRAIN)
+        ),
     }
     before = (out / "predictions-scanrefer-fused.jsonl").stat().st_mtime_ns
     (result,) = run(trained, data=TRAIN, out=out, **OPTIONS)
@@ -156,7 +159,7 @@ def test_other_answers_are_not_reused(
     scores_file = tmp_path / "scores-scanrefer-zero.json"
     options: dict[str, Any] = {"max_new_tokens": TOKENS, "limit": 2, "data": TRAIN, "reuse": True}
     before = file.stat().st_mtime_ns
-    assert evaluate(trained, tmp_path, "zero", **options) == json.loads(scores_file.read_text())
+    assert evaluate(trained, tmp_path, EvaluationOptions("zero", **options)) == json.loads(scores_file.read_text())
     assert file.stat().st_mtime_ns == before
     if change == "tokens":
         options["max_new_tokens"] = 3
@@ -167,7 +170,7 @@ def test_other_answers_are_not_reused(
         file.write_text(file.read_text().replace("scene", "place"))
     if change == "fewer":
         options["limit"] = LIMIT + 1
-    scores = evaluate(trained, tmp_path, "zero", **options)
+    scores = evaluate(trained, tmp_path, EvaluationOptions("zero", **options))
     assert scores["samples"] == options["limit"] == len(file.read_text().splitlines())
 
 

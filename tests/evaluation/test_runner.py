@@ -28,6 +28,7 @@ from w2r2_ds.data.prepare.pipeline import prepare
 from w2r2_ds.data.tasks.base import TaskOptions
 from w2r2_ds.evaluation.conditions import find_condition
 from w2r2_ds.evaluation.datasets import all_samples, find_sets
+from w2r2_ds.evaluation.options import EvaluationOptions
 from w2r2_ds.evaluation.runner import Answerer, evaluate
 from w2r2_ds.evaluation.scoring import NOT_SCORED
 from w2r2_ds.training.checkpoint.manifest import find_checkpoint
@@ -111,11 +112,11 @@ def test_decoding_is_greedy_with_any_generation_config(loaded: Any, prompts: lis
 
 def test_an_unknown_geometry_is_rejected(trained: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--geometry is 'none'; it is one of fused, zero"):
-        evaluate(trained, tmp_path / "out", "none")
+        evaluate(trained, tmp_path / "out", EvaluationOptions("none"))
 
 
 def test_predictions_have_one_line_per_validation_sample(loaded: Any, trained: Path, tmp_path: Path) -> None:
-    scores = evaluate(trained, tmp_path / "out", "fused", batch_size=8, max_new_tokens=TOKENS)
+    scores = evaluate(trained, tmp_path / "out", EvaluationOptions("fused", batch_size=8, max_new_tokens=TOKENS))
     samples = load_mixture(loaded[0].data, "val")
     lines = [
         json.loads(line) for line in (tmp_path / "out" / "predictions-scanrefer-fused.jsonl").read_text().splitlines()
@@ -133,7 +134,7 @@ def test_predictions_have_one_line_per_validation_sample(loaded: Any, trained: P
 
 
 def test_a_limit_takes_the_first_samples(loaded: Any, trained: Path, tmp_path: Path) -> None:
-    scores = evaluate(trained, tmp_path, "zero", max_new_tokens=4, limit=2)
+    scores = evaluate(trained, tmp_path, EvaluationOptions("zero", max_new_tokens=4, limit=2))
     config, model, frontend = loaded
     samples = load_mixture(config.data, "val")
     lines = [json.loads(line) for line in (tmp_path / "predictions-scanrefer-zero.jsonl").read_text().splitlines()]
@@ -146,9 +147,16 @@ def test_shuffled_geometry_comes_from_another_room(loaded: Any, trained: Path, t
     """The training set has two rooms, the validation set one."""
     _, model, frontend = loaded
     with pytest.raises(ValueError, match="at least two rooms with frames, but there are 1"):
-        evaluate(trained, tmp_path, "shuffle", max_new_tokens=4)
-    options: dict[str, Any] = {"batch_size": 2, "max_new_tokens": 4, "data": Path("prepared/scanrefer/train")}
-    scores = evaluate(trained, tmp_path, "shuffle", limit=2, protocols=["vgllm-direct", "video3dllm"], **options)
+        evaluate(trained, tmp_path, EvaluationOptions("shuffle", max_new_tokens=4))
+    options = EvaluationOptions(
+        "shuffle",
+        data=Path("prepared/scanrefer/train"),
+        limit=2,
+        batch_size=2,
+        max_new_tokens=4,
+        protocols=["vgllm-direct", "video3dllm"],
+    )
+    scores = evaluate(trained, tmp_path, options)
     assert list(scores["protocols"]) == ["scanrefer/vgllm-direct", "scanrefer/video3dllm"]
     whole = load_mixture(loaded[0].data, "train")
     assert (scores["samples"], scores["of"]) == (2, len(whole))
@@ -163,15 +171,15 @@ def test_finished_answers_are_reused_and_other_options_raise(
     """If scoring fails, all answers are saved, and the next run generates none."""
     monkeypatch.setattr("w2r2_ds.evaluation.runner.score_records", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        evaluate(trained, tmp_path, max_new_tokens=4, limit=2)
+        evaluate(trained, tmp_path, EvaluationOptions(max_new_tokens=4, limit=2))
     monkeypatch.undo()
     for options, field in (({"max_new_tokens": 5}, "max_new_tokens is 4, but now it is 5"),):
         with pytest.raises(ValueError, match=field):
-            evaluate(trained, tmp_path, limit=2, **options)
+            evaluate(trained, tmp_path, EvaluationOptions(limit=2, **options))
     monkeypatch.setattr(
         "w2r2_ds.evaluation.generate.generate_tokens", lambda *_: pytest.fail("an answer was generated again")
     )
-    assert evaluate(trained, tmp_path, max_new_tokens=4, limit=2)["samples"] == 2
+    assert evaluate(trained, tmp_path, EvaluationOptions(max_new_tokens=4, limit=2))["samples"] == 2
     # A finished evaluation is kept with --reuse, and scored again by other protocols.
     words = ["--checkpoint", trained, "--out", tmp_path, "--max_new_tokens", 4, "--limit", 2, "--reuse", "true"]
     file = tmp_path / "scores-scanrefer-fused.json"
@@ -193,7 +201,7 @@ def test_a_data_set_is_selected_by_task_or_folder(loaded: Any, trained: Path, tm
     (placed,) = find_sets(config, None, Path(config.root) / "prepared/scanrefer/val")
     assert default.folder == named.folder == placed.folder and default.task == "scanrefer"
     with pytest.raises(ValueError, match=r"data\.val .*prepared/scanrefer/val \(scanrefer\).* scanqa; .*--data"):
-        evaluate(trained, tmp_path, task="scanqa")
+        evaluate(trained, tmp_path, EvaluationOptions(task="scanqa"))
     with pytest.raises(ValueError, match=r"scanrefer, not scanqa; .*--data or --task"):
         find_sets(config, "scanqa", placed.folder)
     with pytest.raises(ValueError, match="nowhere is not a prepared data set"):
@@ -210,7 +218,7 @@ def test_a_wrong_protocol_raises_before_the_model_is_loaded(
     monkeypatch.setattr("w2r2_ds.evaluation.runner.trained_model", lambda *_: pytest.fail("the model was loaded"))
     for protocol, message in (("scanqa/leo", "scores scanqa"), ("vgllm_refined", "needs detected boxes")):
         with pytest.raises(ValueError, match=message):
-            evaluate(trained, tmp_path, protocols=[protocol])
+            evaluate(trained, tmp_path, EvaluationOptions(protocols=[protocol]))
 
 
 def test_a_test_split_is_answered_and_not_scored(loaded: Any, trained: Path, tmp_path: Path) -> None:
@@ -234,7 +242,7 @@ def test_a_test_split_is_answered_and_not_scored(loaded: Any, trained: Path, tmp
 def test_the_command_scores_saved_answers_with_several_protocols(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    evaluate(trained, tmp_path, max_new_tokens=4, limit=2)
+    evaluate(trained, tmp_path, EvaluationOptions(max_new_tokens=4, limit=2))
     file = str(tmp_path / "predictions-scanrefer-fused.jsonl")
     words = ["--protocol", "vgllm", "--local_rank=0", "--protocol=video3dllm", "--score-only", file]
     capsys.readouterr()
@@ -281,9 +289,9 @@ def test_a_checkpoint_with_truncated_tensors_raises(trained: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("option", ["limit", "batch_size", "max_new_tokens"])
-def test_numbers_out_of_range_are_rejected_before_loading(tmp_path: Path, option: str) -> None:
+def test_numbers_out_of_range_are_rejected_before_loading(option: str) -> None:
     with pytest.raises(ValueError, match=f"--{option} is -1; it must be at least"):
-        evaluate(tmp_path / "nowhere", tmp_path, **{option: -1})  # type: ignore[arg-type]
+        EvaluationOptions(**{option: -1})  # type: ignore[arg-type]
 
 
 def test_a_folder_without_a_run_is_rejected(tmp_path: Path) -> None:
@@ -317,7 +325,7 @@ def moved_runs(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> list[
 def test_data_and_models_can_be_relocated(
     moved_runs: list[Path], elsewhere: dict[str, str], trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    scores = evaluate(trained, tmp_path / "home", max_new_tokens=8, limit=2)
+    scores = evaluate(trained, tmp_path / "home", EvaluationOptions(max_new_tokens=8, limit=2))
     options = [text for name, value in elsewhere.items() for text in (f"--{name}", value)]
     for index, other in enumerate(moved_runs):
         out = tmp_path / str(index)
@@ -341,7 +349,7 @@ def test_moved_paths_that_are_not_given_are_named(
     places = {name: place for name, place in elsewhere.items() if name != omitted}
     named = {"root": "/another/machine/scenes", "vlm": "/another/machine/vlm", "geometry_path": "/another/machine/vggt"}
     with pytest.raises(ValueError, match=named[omitted]):
-        evaluate(moved_runs[index], tmp_path, limit=1, **places)
+        evaluate(moved_runs[index], tmp_path, EvaluationOptions(limit=1, **places))
 
 
 def test_a_truncated_frame_raises_before_the_first_answer(
@@ -354,4 +362,4 @@ def test_a_truncated_frame_raises_before_the_first_answer(
     frame.write_bytes(frame.read_bytes()[: frame.stat().st_size // 2])
     monkeypatch.setattr("w2r2_ds.evaluation.runner.answer_remaining", lambda *_: pytest.fail("an answer was generated"))
     with pytest.raises(ValueError, match=f"Frame {frame} cannot be read"):
-        evaluate(trained, tmp_path / "out", root=root)
+        evaluate(trained, tmp_path / "out", EvaluationOptions(root=root))

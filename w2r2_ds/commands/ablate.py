@@ -11,12 +11,12 @@ import logging
 import os
 import shlex
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from w2r2_ds.commands.ablate_options import ablation_parser, make_plan
 from w2r2_ds.commands.common import command_words
 from w2r2_ds.commands.errors import reports_errors
+from w2r2_ds.commands.evaluate import parsed_options
 from w2r2_ds.config.schema import RunConfig
 from w2r2_ds.training.fault_tolerance.exit_codes import DONE, FAILED
 from w2r2_ds.utils.logging import stdout_to_stderr
@@ -70,18 +70,19 @@ def prepare(plan: Plan, base: RunConfig, arms: Sequence[RunConfig]) -> dict[str,
     """Make the demo's data if the recipe is the demo, and check the sets; returns digests of sets and weights.
 
     Raises:
-        ValueError: a set is not prepared, or an evaluation has not exactly one task.
+        ValueError: a set is not prepared, or an evaluation has not exactly one task or a number that is too small.
     """
     from w2r2_ds.demo.assets import prepare_demo
     from w2r2_ds.diagnostics.ablation.identity import data_digests, weights_digests
     from w2r2_ds.evaluation.datasets import find_sets
+    from w2r2_ds.evaluation.options import EvaluationOptions
 
     if base.demo.enabled:
         prepare_demo(base)
     for name, chosen in plan.evaluations.items():
-        data = chosen.get("data")
         try:
-            find_sets(base.data, chosen.get("task"), None if data is None else Path(data))
+            evaluation = EvaluationOptions(**parsed_options(chosen))
+            find_sets(base.data, evaluation.task, evaluation.data)
         except ValueError as error:
             raise ValueError(f"--evaluations: {name}: {error}") from None
     return data_digests(arms, plan.evaluations) | weights_digests(arms)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from argparse import ArgumentError
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from w2r2_ds.commands.common import add_plugin_option
-from w2r2_ds.commands.evaluate import evaluation_parser
+from w2r2_ds.commands.evaluate import evaluations_of
 from w2r2_ds.config.cli import OneLineParser
-from w2r2_ds.config.io import DEMO_RECIPE, load_config, read_yaml
+from w2r2_ds.config.io import DEMO_RECIPE, load_config
 from w2r2_ds.config.options import decoded
 from w2r2_ds.config.schema import RunConfig
 from w2r2_ds.utils.plugins import IMPORTED
@@ -23,8 +22,6 @@ DESCRIPTION = (
     "Train and evaluate a grid of options with several seeds, and compare the arms. Other options are those of w2r2 "
     "train, and hold for all runs."
 )
-OF_ABLATION = ("checkpoint", "out", "reuse", "score_only", "format", "local_rank", "plugin")
-"""Options of w2r2 evaluate that an evaluation cannot have."""
 
 
 def ablation_parser() -> OneLineParser:
@@ -123,21 +120,3 @@ def seeds_of(value: Any) -> list[int]:
     if not isinstance(numbers, list) or not numbers or not all(type(number) is int for number in numbers):
         raise ValueError(f"--seeds is {value!r}; it must be a number of seeds, at least 1, or a list of seeds.")
     return numbers
-
-
-def evaluations_of(text: str) -> dict[str, dict[str, Any]]:
-    """Name -> options of the evaluations; raises ValueError for an option or value that w2r2 evaluate does not have."""
-    value = decoded(text) if text.lstrip().startswith("{") else read_yaml(text)
-    if not isinstance(value, Mapping) or not value or not all(isinstance(each, Mapping) for each in value.values()):
-        raise ValueError("--evaluations must be {name: {option: value, ...}, ...}, such as {fused: {geometry: fused}}.")
-    parser = evaluation_parser()
-    parser.exit_on_error = False
-    for name, chosen in value.items():
-        for option in chosen:
-            if option in OF_ABLATION:
-                raise ValueError(f"--evaluations: {name} has the option {option}, which is set for every run.")
-        try:
-            parser.parse_args([f"--{option}={each}" for option, each in chosen.items()])
-        except ArgumentError as error:
-            raise ValueError(f"--evaluations: {name}: {' '.join(str(error).split())}") from None
-    return {str(name): dict(chosen) for name, chosen in value.items()}

@@ -109,16 +109,29 @@ def run(
     files = _files(predictions)
     # Imported here because torch and transformers are slow to import, and --help and wrong options do not need them.
     from w2r2_ds.diagnostics.reliance import DiagnosisOptions, diagnose_files, diagnose_model
+    from w2r2_ds.evaluation.options import EvaluationOptions
     from w2r2_ds.training.checkpoint.manifest import find_checkpoint
     from w2r2_ds.utils.distributed import RankInfo, gloo_process_group, raise_on_all_ranks
     from w2r2_ds.utils.files.output_folder import check_writable, make_folder
 
-    options = DiagnosisOptions(protocols, proposals, limit, draws, resamples, seed, causality, causality_limit, paired)
+    options = DiagnosisOptions(draws, resamples, seed, causality, causality_limit, paired)
+    evaluation = EvaluationOptions(
+        task=task,
+        data=data,
+        limit=limit,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        protocols=protocols,
+        proposals=proposals,
+        root=root,
+        vlm=vlm,
+        geometry_path=geometry_path,
+    )
     if checkpoint is None:
         assert out is not None, "checked above"
         check_writable(out)
         make_folder(out)
-        return [diagnose_files(files, format, out, options, task=task, data=data, root=root)]
+        return [diagnose_files(files, format, out, evaluation, options)]
     ranks = RankInfo.from_environment()
     folder = out or (find_checkpoint(checkpoint) if checkpoint.is_file() else checkpoint) / "evaluation"
     where: dict[str, Any] = {"data": data, "root": root, "vlm": vlm, "geometry_path": geometry_path}
@@ -128,16 +141,7 @@ def run(
         with raise_on_all_ranks():
             if parts and ranks.rank == 0:
                 _diagnose_visual_tokens(checkpoint, folder, parts, perplexity, seed, task, where)
-        return diagnose_model(
-            checkpoint,
-            folder,
-            options,
-            task=task,
-            batch_size=batch_size,
-            max_new_tokens=max_new_tokens,
-            ranks=ranks,
-            **where,
-        )
+        return diagnose_model(checkpoint, folder, evaluation, options, ranks)
 
 
 def _diagnose_visual_tokens(

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,14 +24,14 @@ from w2r2_ds.diagnostics.row_cues import cue_results, cues_of
 from w2r2_ds.diagnostics.table1 import Row, make_table
 from w2r2_ds.evaluation.conditions import Condition, find_condition
 from w2r2_ds.evaluation.datasets import all_samples, describe_sets, find_sets
-from w2r2_ds.evaluation.loading import run_config, trained_model
+from w2r2_ds.evaluation.loading import LoadOnce, run_config
+from w2r2_ds.evaluation.options import EvaluationOptions
 from w2r2_ds.evaluation.predictions.rescore import load_records
 from w2r2_ds.evaluation.protocols.records import AnswerRecord
 from w2r2_ds.evaluation.resumable import read_records
 from w2r2_ds.evaluation.runner import evaluate
 from w2r2_ds.evaluation.scoring import are_annotated, choose_protocols, read_boxes
 from w2r2_ds.models.geometry.encoder import geometry_spec
-from w2r2_ds.models.w2r2 import W2R2
 from w2r2_ds.types.sample import Sample, room_of
 from w2r2_ds.utils.distributed import RankInfo
 from w2r2_ds.utils.files import atomic_io
@@ -47,12 +47,9 @@ NOT_ANNOTATED = "samples have no annotated answers (a test split), so there is n
 
 @dataclass(frozen=True)
 class DiagnosisOptions:
-    """Options that do not depend on the source of the answers.
+    """Guesses, intervals and interventions of a diagnosis.
 
     Attributes:
-        protocols: names of scoring protocols; the task's default if empty.
-        proposals: file of detected boxes, for protocols that need them.
-        limit: number of samples, the first ones; 0 for all.
         draws: draws of the random guess.
         resamples: resamples of the bootstrap.
         seed: seed of both.
@@ -61,9 +58,6 @@ class DiagnosisOptions:
         paired: prepared folders of shifted splits, whose geometry is another intervention.
     """
 
-    protocols: Sequence[str] = ()
-    proposals: Path | None = None
-    limit: int = 0
     draws: int = 20
     resamples: int = 2000
     seed: int = 0
@@ -73,7 +67,6 @@ class DiagnosisOptions:
 
     def __post_init__(self) -> None:
         for name, minimum in (
-            ("limit", 0),
             ("draws", 1),
             ("resamples", 100),
             ("seed", 0),
@@ -85,32 +78,33 @@ class DiagnosisOptions:
             raise ValueError("--paired is an intervention, but --causality is false; omit one of the two.")
 
 
-class LoadOnce:
-    """Loads a trained model at the first call and keeps it for the following evaluations."""
+@dataclass(frozen=True)
+class ModelAnswers:
+    """Answers of a model to the samples of one task.
 
-    def __init__(self) -> None:
-        self.model: W2R2 | None = None
+    Attributes:
+        path: folder of a run, a checkpoint, an exported adapter or an imported VG-LLM.
+        out: folder of the answers.
+        evaluation: task, data and options of generation.
+        ranks: rank and number of the processes.
+        load: loads the model.
+    """
 
-    def __call__(self, path: Path, config: RunConfig) -> W2R2:
-        """The model of `path`; every call must be of the same one."""
-        if self.model is None:
-            self.model = trained_model(path, config)
-        return self.model
+    path: Path
+    out: Path
+    evaluation: EvaluationOptions
+    ranks: RankInfo
+    load: LoadOnce
+
+    def records(self, condition: Condition, count: int) -> list[AnswerRecord]:
+        """Answer the first `count` samples under a condition; returns their records, on rank 0 only."""
+        options = replace(self.evaluation, geometry=condition, limit=count, reuse=True)
+        scores = evaluate(self.path, self.out, options, ranks=self.ranks, load=self.load)
+        return read_records(_file(self.out, scores["task"], condition.name), count) if scores else []
 
 
 def diagnose_model(
-    path: Path,
-    out: Path,
-    options: DiagnosisOptions,
-    *,
-    task: str | None = None,
-    data: Path | None = None,
-    root: Path | None = None,
-    vlm: str | None = None,
-    geometry_path: str | None = None,
-    batch_size: int = 8,
-    max_new_tokens: int = 128,
-    ranks: RankInfo | None = None,
+    path: Path, out: Path, evaluation: EvaluationOptions, options: DiagnosisOptions, ranks: RankInfo | None = None
 ) -> list[dict[str, Any]]:
     """Table 1 and causality of a model, for one task or all tasks of its validation sets.
 
@@ -119,14 +113,9 @@ def diagnose_model(
     Args:
         path: folder of a run, a checkpoint, an exported adapter or an imported VG-LLM.
         out: folder of the results and the answers.
-        options: protocols, number of samples, draws and resamples.
-        task: name of the task; None for all tasks of ``data.val``.
-        data: prepared folder instead of the run's own sets.
-        root: data root on this machine; None for the one of training.
-        vlm: directory or hub id of the VLM on this machine; None for the one of training.
-        geometry_path: directory or hub id of the geometry encoder on this machine; None for the one of training.
-        batch_size: prompts per forward.
-        max_new_tokens: maximum number of tokens of an answer.
+        evaluation: data, options of generation and protocols; without task and data, all tasks of ``data.val``. Its
+            geometry is replaced by every condition in turn, and finished answers are reused.
+        options: draws, resamples and interventions.
         ranks: rank and number of the processes, in a process group; None for a single process.
 
     Returns:
@@ -135,67 +124,45 @@ def diagnose_model(
     Raises:
         ValueError: as `evaluate`, or the samples have no annotated answers.
     """
-    ranks, load = ranks or RankInfo(), LoadOnce()
-    config = run_config(path, root, vlm, geometry_path)
-    results = []
-    for name in [task] if task or data else tasks_of(config.data):
-        sets = find_sets(config.data, name, data)
-        whole = all_samples(sets)
-        if not all(sample.is_annotated for sample in whole):  # before hours of generation
-            raise ValueError(f"{sets[0].folder}: {NOT_ANNOTATED}")
-        count = min(options.limit or len(whole), len(whole))
-        first = whole[: min(options.causality_limit or count, count)]  # the samples of the interventions
-        pairs = find_pairs(config.data, options.paired, first)
-        answer = partial(
-            _answers,
-            out,
-            sets[0].task,
-            partial(
-                evaluate,
-                path,
-                out,
-                batch_size=batch_size,
-                max_new_tokens=max_new_tokens,
-                task=name,
-                data=data,
-                protocols=options.protocols,
-                proposals=options.proposals,
-                root=root,
-                vlm=vlm,
-                geometry_path=geometry_path,
-                ranks=ranks,
-                reuse=True,
-                load=load,
-            ),
-        )
-        not_evaluated: dict[str, str] = {}
-        if len({room_of(sample.scene_id) for sample in whole if sample.frames}) < 2:
-            not_evaluated["shuffle"] = "there is no other room whose geometry could replace a scene's own"
-        answers = {each: answer(find_condition(each), count) for each in LABELS if each not in not_evaluated}
+    config = run_config(path, evaluation.root, evaluation.vlm, evaluation.geometry_path)
+    one = evaluation.task is not None or evaluation.data is not None
+    ranks, load, results = ranks or RankInfo(), LoadOnce(), []
+    for task in [evaluation.task] if one else tasks_of(config.data):
+        answers = ModelAnswers(path, out, replace(evaluation, task=task), ranks, load)
+        results.append(_diagnose_task(answers, config, options))
+    return [result for result in results if result is not None]
+
+
+def _diagnose_task(model: ModelAnswers, config: RunConfig, options: DiagnosisOptions) -> dict[str, Any] | None:
+    """Answer the samples of one task under all conditions and compare the answers; None on ranks other than 0."""
+    sets = find_sets(config.data, model.evaluation.task, model.evaluation.data)
+    task, whole = sets[0].task, all_samples(sets)
+    if not all(sample.is_annotated for sample in whole):  # before hours of generation
+        raise ValueError(f"{sets[0].folder}: {NOT_ANNOTATED}")
+    count = min(model.evaluation.limit or len(whole), len(whole))
+    first = whole[: min(options.causality_limit or count, count)]  # the samples of the interventions
+    pairs = find_pairs(config.data, options.paired, first)
+    not_evaluated: dict[str, str] = {}
+    if len({room_of(sample.scene_id) for sample in whole if sample.frames}) < 2:
+        not_evaluated["shuffle"] = "there is no other room whose geometry could replace a scene's own"
+    answers = {each: model.records(find_condition(each), count) for each in LABELS if each not in not_evaluated}
+    after = None
+    if options.causality:
         box_format = whole[0].box_format if whole[0].kind == "grounding" else None
-        if options.causality:
-            spec, fewer = geometry_spec(config.model.geometry), partial(answer, count=len(first))
-            after = answer_interventions(spec, box_format, pairs, fewer)
-        if ranks.rank:
-            continue
-        rows = [Row(each, LABELS[each], [answers[each]], str(_file(out, sets[0].task, each))) for each in answers]
-        about: dict[str, Any] = {"checkpoint": str(path), "max_new_tokens": max_new_tokens}
-        if options.causality:
-            about["causality"] = causality_results(answers, after, first, options.resamples, options.seed)
-        train = training_labels(config.data, sets[0].task)
-        results.append(_finish(rows, sets, whole, train, options, out, about, not_evaluated))
-    return results
+        spec, answer = geometry_spec(config.model.geometry), partial(model.records, count=len(first))
+        after = answer_interventions(spec, box_format, pairs, answer)
+    if model.ranks.rank:
+        return None
+    rows = [Row(each, LABELS[each], [answers[each]], str(_file(model.out, task, each))) for each in answers]
+    about: dict[str, Any] = {"checkpoint": str(model.path), "max_new_tokens": model.evaluation.max_new_tokens}
+    if after is not None:
+        about["causality"] = causality_results(answers, after, first, options.resamples, options.seed)
+    source = AnswerSource(sets, whole, training_labels(config.data, task), about, not_evaluated)
+    return _finish(rows, source, model.evaluation, options, model.out)
 
 
 def diagnose_files(
-    files: Mapping[str, Path],
-    format_name: str,
-    out: Path,
-    options: DiagnosisOptions,
-    *,
-    task: str | None = None,
-    data: Path | None = None,
-    root: Path | None = None,
+    files: Mapping[str, Path], format_name: str, out: Path, evaluation: EvaluationOptions, options: DiagnosisOptions
 ) -> dict[str, Any]:
     """Table 1 of prediction files, of this or another project; writes ``diagnosis-TASK.json``.
 
@@ -203,10 +170,10 @@ def diagnose_files(
         files: label of a row -> its predictions file.
         format_name: format of the files: ``ours``, ``vgllm`` or ``video3dllm``.
         out: folder of the results.
-        options: as for `diagnose_model`.
-        task: task that the answers must be of; None for any.
-        data: prepared folder of the items; required for files of other projects. Without it, there is no random guess.
-        root: data root that `data` may be relative to.
+        evaluation: protocols, proposals and limit; the task that the answers must be of, None for any; the prepared
+            folder of the items (``data``, relative to the working directory or ``root``), required for files of other
+            projects. Without it, there is no random guess.
+        options: draws and resamples.
 
     Raises:
         ValueError: as `score_file`; the files have other samples; or they have no annotated answers.
@@ -215,27 +182,26 @@ def diagnose_files(
         raise ValueError(f"--predictions has the label {min(reserved)!r}, which is the name of a row of guesses.")
     rows: list[Row] = []
     sets: list[PreparedSet] = []
+    root = None if evaluation.root is None else Path(evaluation.root)
     for label, file in files.items():
         records, _, sets = load_records(
-            file, format_name, data, root, task, options.protocols, options.proposals is not None
+            file,
+            format_name,
+            evaluation.data,
+            root,
+            evaluation.task,
+            evaluation.protocols,
+            evaluation.proposals is not None,
         )
-        rows.append(Row(label, label, [records[: options.limit or len(records)]], str(file)))
-    whole = all_samples(sets) if sets else None
+        rows.append(Row(label, label, [records[: evaluation.limit or len(records)]], str(file)))
     about = {"files": {label: str(file) for label, file in files.items()}, "format": format_name}
-    return _finish(rows, sets, whole, [], options, out, about, {})
+    source = AnswerSource(sets, all_samples(sets) if sets else None, [], about, {})
+    return _finish(rows, source, evaluation, options, out)
 
 
 def _file(out: Path, task: str, condition: str) -> Path:
     """The predictions file of an evaluation."""
     return out / f"predictions-{task}-{condition}.jsonl"
-
-
-def _answers(
-    out: Path, task: str, evaluate_one: Callable[..., dict[str, Any]], condition: Condition, count: int
-) -> list[AnswerRecord]:
-    """Evaluate the first `count` samples under a condition; returns their records, on rank 0 only."""
-    scores = evaluate_one(condition, limit=count)
-    return read_records(_file(out, task, condition.name), count) if scores else []
 
 
 def tasks_of(config: DataConfig) -> list[str]:
@@ -250,41 +216,49 @@ def tasks_of(config: DataConfig) -> list[str]:
     return list(dict.fromkeys(tasks))
 
 
+@dataclass(frozen=True)
+class AnswerSource:
+    """Where the answers of a diagnosis come from.
+
+    Attributes:
+        sets: data sets of the samples; may be empty.
+        whole: all samples of the sets; None without sets.
+        train: labels of the training sets; empty to draw guesses from the evaluated set itself.
+        about: the model or the files, for the results.
+        not_evaluated: row -> why it is not evaluated.
+    """
+
+    sets: list[PreparedSet]
+    whole: Mixture | None
+    train: list[Label]
+    about: Mapping[str, Any]
+    not_evaluated: Mapping[str, str]
+
+
 def _finish(
-    rows: list[Row],
-    sets: list[PreparedSet],
-    whole: Mixture | None,
-    train: list[Label],
-    options: DiagnosisOptions,
-    out: Path,
-    about: Mapping[str, Any],
-    not_evaluated: dict[str, str],
+    rows: list[Row], source: AnswerSource, evaluation: EvaluationOptions, options: DiagnosisOptions, out: Path
 ) -> dict[str, Any]:
     """Add the rows of guesses, score all rows and write the results file.
 
     Args:
         rows: rows of the answers.
-        sets: data sets of the samples; may be empty.
-        whole: all samples of the sets; None without sets.
-        train: labels of the training sets; empty to draw from the evaluated set itself.
-        options: options of the table.
+        source: where the answers come from.
+        evaluation: protocols and detected boxes.
+        options: draws, resamples and seed.
         out: folder of the results.
-        about: source of the answers, for the results.
-        not_evaluated: row -> why it is not evaluated; extended here.
     """
     records = rows[0].draws[0]
     if not are_annotated(records):
         raise ValueError(f"{rows[0].predictions}: {NOT_ANNOTATED}")
-    boxes = read_boxes(options.proposals)
-    guesses, guessed_from, reason = _guess_rows(records, whole, train, options)
-    if reason:
-        not_evaluated[RANDOM] = reason
+    boxes = read_boxes(evaluation.proposals)
+    guesses, guessed_from, reason = _guess_rows(records, source.whole, source.train, options)
+    not_evaluated = {**source.not_evaluated, **({RANDOM: reason} if reason else {})}
     task = str(records[0]["task"])
-    protocols = choose_protocols(options.protocols, records, boxes is not None)
+    protocols = choose_protocols(evaluation.protocols, records, boxes is not None)
     result = {
         "task": task,
-        **about,
-        "data": describe_sets(sets),
+        **source.about,
+        "data": describe_sets(source.sets),
         "samples": len(records),
         "scenes": len({record["scene_id"] for record in records}),
         "seed": options.seed,
@@ -294,9 +268,9 @@ def _finish(
         "not_evaluated": not_evaluated,
         "table1": make_table([*rows, *guesses], protocols, boxes, options.resamples, options.seed),
     }
-    if cues := cues_of(sets):
-        assert whole is not None, "there are sets"
-        samples = whole[: len(records)]
+    if cues := cues_of(source.sets):
+        assert source.whole is not None, "there are sets"
+        samples = source.whole[: len(records)]
         result["cues"] = cue_results([*rows, *guesses], samples, cues, options.resamples, options.seed)
     file = out / f"diagnosis-{task}.json"
     atomic_io.replace(file, json.dumps(result, indent=2, allow_nan=False) + "\n")

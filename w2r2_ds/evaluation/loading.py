@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from w2r2_ds.config.io import load_config, relocated
-from w2r2_ds.config.schema import RunConfig
+from w2r2_ds.config.schema import ModelConfig, RunConfig
 from w2r2_ds.convert.from_vgllm import MODEL_OPTIONS
 from w2r2_ds.convert.peft_adapter import ADAPTER_CARD, adapter_config, load_adapter
 from w2r2_ds.models.build import VlmFrontend, build_model, fingerprint
@@ -71,6 +71,21 @@ def trained_model(path: Path, config: RunConfig) -> W2R2:
         model = build_model(config.model, device, config.train.seed)
         load_trainable(checkpoint, model)
     return model.to(device).eval()
+
+
+class LoadOnce:
+    """Loads a trained model at the first call and keeps it for the following evaluations."""
+
+    def __init__(self) -> None:
+        self._model: W2R2 | None = None
+        self._of: tuple[Path, ModelConfig] | None = None
+
+    def __call__(self, path: Path, config: RunConfig) -> W2R2:
+        """The model of `path`; every call must be of the same one."""
+        if self._model is None:
+            self._model, self._of = trained_model(path, config), (path, config.model)
+        assert self._of == (path, config.model), "all evaluations are of one model"
+        return self._model
 
 
 def trained_weights_sha256(path: Path) -> str:

@@ -16,37 +16,25 @@ from typing import Any
 
 from w2r2_ds.config.schema import DataConfig, RunConfig
 from w2r2_ds.data.loader import make_processor, prompt_loader
-from w2r2_ds.data.mixture import Mixture
 from w2r2_ds.data.prepare.notes import preparation_notes
-from w2r2_ds.data.prepared_set import PreparedSet
-from w2r2_ds.data.validate import check_frames, check_geometry_files, check_sample_texts
 from w2r2_ds.evaluation import generate
-from w2r2_ds.evaluation.conditions import Condition, SampleProcessor, find_condition
-from w2r2_ds.evaluation.datasets import all_samples, describe_sets, find_sets
-from w2r2_ds.evaluation.loading import run_config, trained_model, trained_weights_sha256, with_cache
+from w2r2_ds.evaluation.conditions import Condition, SampleProcessor
+from w2r2_ds.evaluation.loading import LoadOnce, trained_model
+from w2r2_ds.evaluation.options import EvaluationOptions, check_evaluation_names
+from w2r2_ds.evaluation.plan import EvaluationPlan, plan_evaluation
 from w2r2_ds.evaluation.predictions.record import record_of
 from w2r2_ds.evaluation.protocols.records import AnswerRecord, Proposals
 from w2r2_ds.evaluation.protocols.registry import find_protocol
 from w2r2_ds.evaluation.resumable import (
     PartialAnswers,
     Selection,
-    is_finished,
     read_records,
     record_line,
     unanswered,
     write_records,
 )
-from w2r2_ds.evaluation.scoring import (
-    are_annotated,
-    check_scorable,
-    choose_protocols,
-    log_limits,
-    read_boxes,
-    score_records,
-)
-from w2r2_ds.evaluation.shuffle import pair_scenes
-from w2r2_ds.kernels.select import describe_attention, resolve_dtype
-from w2r2_ds.models.build import VlmFrontend, fingerprint, load_frontend, plugin_code
+from w2r2_ds.evaluation.scoring import log_limits, score_records
+from w2r2_ds.models.build import VlmFrontend
 from w2r2_ds.models.w2r2 import W2R2
 from w2r2_ds.types.sample import Sample
 from w2r2_ds.utils.distributed import RankInfo, barrier, raise_on_all_ranks
@@ -54,7 +42,6 @@ from w2r2_ds.utils.files import atomic_io
 from w2r2_ds.utils.files.file_lock import locked
 from w2r2_ds.utils.files.hashing import file_sha256
 from w2r2_ds.utils.files.json_io import read_json_object
-from w2r2_ds.utils.files.output_folder import check_writable
 from w2r2_ds.utils.parallel import set_num_threads
 from w2r2_ds.utils.progress import progress
 from w2r2_ds.utils.source_hash import source_sha256
@@ -68,20 +55,9 @@ LoadModel = Callable[[Path, RunConfig], W2R2]
 def evaluate(
     path: Path,
     out: Path,
-    geometry: str | Condition = "fused",
-    batch_size: int = 8,
-    max_new_tokens: int = 128,
-    limit: int = 0,
+    options: EvaluationOptions | None = None,
     *,
-    task: str | None = None,
-    data: Path | None = None,
-    protocols: Sequence[str] = (),
-    proposals: Path | None = None,
-    root: str | Path | None = None,
-    vlm: str | None = None,
-    geometry_path: str | None = None,
     ranks: RankInfo | None = None,
-    reuse: bool = False,
     load: LoadModel | None = None,
 ) -> dict[str, Any]:
     """Generate greedy answers to a validation set and score them.
@@ -89,20 +65,8 @@ def evaluate(
     Args:
         path: folder of a run, a checkpoint or an exported adapter.
         out: folder for ``predictions-TASK-GEOMETRY.jsonl`` and ``scores-TASK-GEOMETRY.json``.
-        geometry: name of one of ``CONDITIONS``, or a condition.
-        batch_size: prompts per forward.
-        max_new_tokens: maximum number of tokens of an answer.
-        limit: number of samples, the first ones; 0 for all.
-        task: task whose validation sets are evaluated; None if all sets of the run are of one task.
-        data: prepared folder instead of the run's own sets.
-        protocols: names of scoring protocols; the task's default if empty (`choose_protocols`).
-        proposals: file of detected boxes, for ``scanrefer/vgllm_refined``.
-        root: data root on this machine; None for the one of training.
-        vlm: directory or hub id of the VLM on this machine; None for the one of training.
-        geometry_path: directory or hub id of the geometry encoder on this machine; None for the one of training.
+        options: options of the evaluation; None for the defaults.
         ranks: rank and number of the processes, in a process group; None for a single process.
-        reuse: keep the answers of a finished evaluation with equal inputs and weights, of as many samples or more; they
-            are scored again if the score file lacks a protocol, or if the protocol needs detected boxes.
         load: loads the model; None for `trained_model`.
 
     Returns:
@@ -111,64 +75,96 @@ def evaluate(
     Raises:
         ValueError: an option, the data or the checkpoint cannot be used; before the first answer if possible.
     """
-    check_generation_options(limit, batch_size, max_new_tokens)
-    condition = find_condition(geometry) if isinstance(geometry, str) else geometry
-    check_writable(out)
+    return run_evaluation(plan_evaluation(path, out, options or EvaluationOptions(), ranks), ranks, load)
+
+
+def run_evaluation(
+    plan: EvaluationPlan, ranks: RankInfo | None = None, load: LoadModel | None = None
+) -> dict[str, Any]:
+    """Answer and score the samples of a planned evaluation; arguments and result are those of `evaluate`."""
     ranks = ranks or RankInfo()
-    config = run_config(path, root, vlm, geometry_path)
-    logger.info("%s", describe_attention(config.model.attention, resolve_dtype(config.model.dtype)))
-    sets = find_sets(config.data, task, data)
-    whole, samples = _select_samples(sets, limit)
-    boxes = read_boxes(proposals)
-    # Errors in protocols, scenes, frames and texts are raised before hours of generation. A record without an answer
-    # has all fields that decide which protocols can score it.
-    unanswered_records = [record_of(sample, None) for sample in samples]
-    is_scored = are_annotated(unanswered_records)
-    protocol_names = choose_protocols(protocols, unanswered_records, boxes is not None) if is_scored else []
-    check_scorable(unanswered_records, protocol_names, boxes)
-    if condition.name == "shuffle":  # raises ValueError for a single room; the pairs themselves are made by Answerer
-        pair_scenes([sample.scene_id for sample in whole if sample.frames])
-    name = f"{sets[0].task}-{condition.name}"
-    described = describe_sets(sets)
-    run = _run_identity(path, config, described, condition, max_new_tokens)
-    predictions, score_file = out / f"predictions-{name}.jsonl", out / f"scores-{name}.json"
-    if reuse and is_finished(score_file, predictions, run, len(samples)):
-        logger.info("reusing %s", predictions)
-        return {} if ranks.rank else _reused_scores(score_file, predictions, protocol_names, boxes)
-    check_frames(samples, ranks.rank, ranks.world_size)
-    with evaluation_lock(out, name, ranks):
-        frontend = with_cache(load_frontend(config.model), config)
-        check_geometry_files(samples, config.model.geometry.name, frontend.geometry, ranks.rank, ranks.world_size)
-        check_sample_texts(
-            samples, make_processor(frontend, config.data), ranks.rank, ranks.world_size, with_answer=False
-        )
-        model = (load or trained_model)(path, config)
+    if plan.frontend is None:
+        logger.info("reusing %s", plan.predictions)
+        if ranks.rank:
+            return {}
+        return _reused_scores(plan.score_file, plan.predictions, plan.protocols or (), plan.boxes)
+    with evaluation_lock(plan.out, plan.name, ranks):
+        model = (load or trained_model)(plan.path, plan.config)
         set_num_threads(ranks, model.base.config.get_text_config().hidden_size)
-        partial = PartialAnswers(out / f"parts-{name}", run)
-        answerer = Answerer(model, frontend, config.data, condition, whole, batch_size, max_new_tokens)
-        answer_remaining(answerer, samples, partial, ranks)
+        partial = PartialAnswers(plan.out / f"parts-{plan.name}", plan.run)
+        sizes = plan.options.batch_size, plan.options.max_new_tokens
+        answerer = Answerer(model, plan.frontend, plan.config.data, plan.condition, plan.whole, *sizes)
+        answer_remaining(answerer, plan.samples, partial, ranks)
         barrier()  # rank 0 merges after all ranks have written their answers
         if ranks.rank:
             return {}
-        records = partial.merge([sample.id for sample in samples])
-        write_records(predictions, records)
-        scores = {
-            "task": sets[0].task,
-            "geometry": condition.name,
-            "checkpoint": str(path),
-            "data": described,
-            "samples": len(records),
-            "of": len(whole),
-            "max_new_tokens": max_new_tokens,
-            "sha256": file_sha256(predictions),
-            "run": run,
-            "notes": preparation_notes(whole, config.data.root),
-            "protocols": score_records(records, protocol_names, boxes) if is_scored else {},
-        }
-        log_limits(scores, is_scored, predictions)
-        atomic_io.replace(score_file, json.dumps(scores, indent=2) + "\n")
+        scores = _write_results(plan, partial.merge([sample.id for sample in plan.samples]))
         # The saved answers are deleted last: if scoring fails, the same command finds all of them and only scores.
         partial.remove()
+    return scores
+
+
+def evaluate_all(
+    path: Path, out: Path, evaluations: Mapping[str, EvaluationOptions], ranks: RankInfo | None = None
+) -> dict[str, dict[str, Any]]:
+    """Evaluate a model several times and load it once.
+
+    All evaluations are checked before the first one starts.
+
+    Args:
+        path: folder of a run, a checkpoint or an exported adapter.
+        out: folder; the results of an evaluation are in its subfolder of this name.
+        evaluations: name -> options; all of the same VLM and geometry encoder.
+        ranks: rank and number of the processes, in a process group; None for a single process.
+
+    Returns:
+        Name -> content of the score file; empty on ranks other than 0.
+
+    Raises:
+        ValueError: a name is not the name of a folder, or an evaluation cannot be done; the message names it.
+    """
+    check_evaluation_names(evaluations)
+    plans, scores, load = {}, {}, LoadOnce()
+    for name, options in evaluations.items():
+        with _named(name):
+            plans[name] = plan_evaluation(path, out / name, options, ranks)
+    for name, plan in plans.items():
+        logger.info("evaluation %s", name)
+        with _named(name):
+            scores[name] = run_evaluation(plan, ranks, load)
+    return {} if ranks is not None and ranks.rank else scores
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Add the name of an evaluation to an error of the block."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"evaluation {name}: {error}") from error
+    except Exception as error:
+        error.add_note(f"in the evaluation {name}")  # a traceback prints it
+        raise
+
+
+def _write_results(plan: EvaluationPlan, records: Sequence[AnswerRecord]) -> dict[str, Any]:
+    """Write the predictions file, score it and write the score file; returns the content of the latter."""
+    write_records(plan.predictions, records)
+    scores = {
+        "task": plan.task,
+        "geometry": plan.condition.name,
+        "checkpoint": str(plan.path),
+        "data": plan.data,
+        "samples": len(records),
+        "of": len(plan.whole),
+        "max_new_tokens": plan.options.max_new_tokens,
+        "sha256": file_sha256(plan.predictions),
+        "run": plan.run,
+        "notes": preparation_notes(plan.whole, plan.config.data.root),
+        "protocols": {} if plan.protocols is None else score_records(records, plan.protocols, plan.boxes),
+    }
+    log_limits(scores, plan.protocols is not None, plan.predictions)
+    atomic_io.replace(plan.score_file, json.dumps(scores, indent=2) + "\n")
     return scores
 
 
@@ -190,54 +186,6 @@ def _is_plugin(protocol: str) -> bool:
     """Whether a plug-in defines how a protocol scores."""
     found = find_protocol(protocol)
     return any(source_sha256(part) is not None for part in (found.score, found.inputs, found.record_model))
-
-
-def check_generation_options(limit: int, batch_size: int, max_new_tokens: int) -> None:
-    """Raise ValueError for a negative limit, or another number below 1."""
-    minima = {"limit": (limit, 0), "batch_size": (batch_size, 1), "max_new_tokens": (max_new_tokens, 1)}
-    for option, (value, minimum) in minima.items():
-        if value < minimum:
-            raise ValueError(f"--{option} is {value}; it must be at least {minimum}.")
-
-
-def _select_samples(sets: list[PreparedSet], limit: int) -> tuple[Mixture, Selection]:
-    """All samples of the sets, and the first `limit` of them (0 for all).
-
-    Raises:
-        ValueError: there are no samples, or two samples have the same id.
-    """
-    whole = all_samples(sets)
-    if not whole:
-        raise ValueError(f"{sets[0].folder} has no samples.")
-    return whole, Selection(whole, range(min(limit or len(whole), len(whole))))
-
-
-def _run_identity(
-    path: Path,
-    config: RunConfig,
-    described: Sequence[Mapping[str, Any]],
-    condition: Condition,
-    max_new_tokens: int,
-) -> dict[str, Any]:
-    """Hashes and options that an answer depends on; saved answers of a run with other values are not reused.
-
-    The code of plug-ins is among them if they define a part of the model.
-
-    Not among them: `limit`, because each answer depends on its own sample only, and `batch_size`, which changes the
-    last bits of logits only.
-    """
-    code = plugin_code(config.model)
-    return {
-        "weights": trained_weights_sha256(path),
-        "model": fingerprint(config.model),
-        **({"code": code} if code else {}),
-        "dtype": str(resolve_dtype(config.model.dtype)),
-        "data": [prepared["manifest"] for prepared in described],
-        "geometry": condition.name,
-        "max_new_tokens": max_new_tokens,
-        **{field: getattr(config.data, field) for field in ("frame_width", "frame_fit", "visual", "video_fps")},
-        **condition.options,
-    }
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from ablation_runs import FUSED, STEPS, finish_run, make_plan, write_checkpoint, write_scores
+from w2r2_ds.commands.evaluate import evaluations_of
 from w2r2_ds.diagnostics.ablation.plan import evaluation_folder, read_score_file
 
 GRID = {"objective.lambda_det": [0, 1.5]}
@@ -57,7 +58,7 @@ def test_scores_without_weights_are_not_those_of_a_run(tmp_path: Path) -> None:
 
 
 def test_words_of_a_run(tmp_path: Path) -> None:
-    evaluations = {"camera": {"task": "scanrefer", "data": "prepared/camera", "limit": 5}}
+    evaluations = {"camera": {"task": "scanrefer", "data": "prepared/camera", "limit": 5}, **FUSED}
     plan = make_plan(tmp_path, [GRID], [3], evaluations=evaluations, plugins=["extra.py"])
     run = plan.runs[1]
     assert plan.words_of_training(run) == [
@@ -67,15 +68,10 @@ def test_words_of_a_run(tmp_path: Path) -> None:
         "--train.seed=3",
         f"--out={run.folder}",
     ]
-    assert plan.words_of_evaluation(run, "camera") == [
-        "--plugin=extra.py",
-        f"--checkpoint={run.folder}",
-        f"--out={run.folder}/evaluation/camera",
-        "--task=scanrefer",
-        "--data=prepared/camera",
-        "--limit=5",
-        "--reuse=true",
-    ]
+    *words, options, reuse = plan.words_of_evaluations(run, ["camera"])
+    assert words == ["--plugin=extra.py", f"--checkpoint={run.folder}", f"--out={run.folder}/evaluation"]
+    assert options.startswith("--evaluations=") and reuse == "--reuse=true"
+    assert evaluations_of(options.partition("=")[2]) == {"camera": evaluations["camera"]}
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -60,7 +61,8 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Working directory with stubs of the launchers and of the program deepspeed."""
     trained, scored = tmp_path / "trained", tmp_path / "scored"
     write_checkpoint(trained)
-    write_scores(scored, [True, False])
+    for name in ("fused", "zero"):
+        write_scores(scored / name, [True, False])
     (tmp_path / "launchers").mkdir()
     for name, result in (("train", trained), ("evaluate", scored)):
         (tmp_path / "launchers" / f"{name}.py").write_text(f"STUB_RESULT = {str(result)!r}\n{STUB}")
@@ -81,12 +83,12 @@ def run_all(plan: Plan, devices: list[Devices]) -> list[str]:
 
 
 def test_runs_are_trained_and_evaluated_once(repository: Path) -> None:
-    plan = make_plan(Path("out"), [GRID], [0, 1])
+    """All evaluations of a run are one command."""
+    evaluations = {**FUSED, "zero": {"geometry": "zero"}}
+    plan = make_plan(Path("out"), [GRID], [0, 1], evaluations=evaluations)
     assert run_all(plan, [Devices(1)]) == []
     assert all(plan.is_finished(run) for run in plan.runs)
-    expected = [
-        call for run in plan.runs for call in (f"train {run.folder}", f"evaluate {run.folder}/evaluation/fused")
-    ]
+    expected = [call for run in plan.runs for call in (f"train {run.folder}", f"evaluate {run.folder}/evaluation")]
     assert [" ".join(call[:2]) for call in calls()] == expected
     assert {call[3] for call in calls()} == {"cpu"}
     log = (plan.runs[0].folder / "log.txt").read_text()
@@ -94,6 +96,9 @@ def test_runs_are_trained_and_evaluated_once(repository: Path) -> None:
     Path("calls.txt").write_text("")
     assert run_all(plan, [Devices(1)]) == []
     assert calls() == []
+    shutil.rmtree(plan.runs[2].folder / "evaluation" / "zero")
+    (step,) = remaining_steps(plan, plan.runs[2], Devices(1), lambda: 1234)
+    assert step.words[2:] == plan.words_of_evaluations(plan.runs[2], ["zero"])
 
 
 def test_runs_at_once_have_their_own_gpus_and_ports(repository: Path) -> None:
@@ -172,10 +177,9 @@ def test_commands_of_a_job_array(tmp_path: Path) -> None:
     plan = make_plan(tmp_path / "a b", [GRID], evaluations={**FUSED, "zero": {"geometry": "zero"}})
     assert write_array(plan) == [0, 1, 2]
     file = plan.out / "slurm" / "task-1.txt"
-    train, fused, zero = (line.split("\t") for line in file.read_text().splitlines())
+    train, evaluate = (line.split("\t") for line in file.read_text().splitlines())
     assert train == ["train", "--deepspeed", "ds_configs/zero3.json", *plan.words_of_training(plan.runs[1])]
-    assert fused[:2] == ["evaluate", "fused"] and "--reuse=true" in fused
-    assert zero[2:] == plan.words_of_evaluation(plan.runs[1], "zero")
+    assert evaluate == ["evaluate", *plan.words_of_evaluations(plan.runs[1], ["fused", "zero"])]
     write_checkpoint(plan.runs[1].folder)
     for name in plan.evaluations:
         write_scores(plan.runs[1].folder / "evaluation" / name, [True])

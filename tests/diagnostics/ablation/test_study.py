@@ -15,7 +15,7 @@ from ablation_runs import WEIGHTS, make_plan, scene_of, write_checkpoint, write_
 from docs_scripts import DOCS, docs_script
 from hand_records import BOX, beside, grounding
 from prepared_sets import write_prepared
-from w2r2_ds.commands.ablate_options import evaluations_of
+from w2r2_ds.commands.evaluate import evaluations_of
 from w2r2_ds.config.io import load_config
 from w2r2_ds.data.prepared_set import MANIFEST, PreparedSet
 from w2r2_ds.data.sources.shortcut_cues import cues_file, write_cues

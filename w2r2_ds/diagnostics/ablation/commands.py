@@ -41,7 +41,7 @@ class Step:
     """A command of a run.
 
     Attributes:
-        name: ``train``, or the name of an evaluation.
+        name: ``train`` or ``evaluate``.
         words: the command line.
     """
 
@@ -50,7 +50,7 @@ class Step:
 
 
 def remaining_steps(plan: Plan, run: Run, devices: Devices, port: Callable[[], int]) -> list[Step]:
-    """Commands that the run still needs: training if it is not finished, then all evaluations without scores.
+    """Commands that the run still needs: training if it is not finished, and one for all evaluations without scores.
 
     Args:
         plan: the ablation.
@@ -63,9 +63,9 @@ def remaining_steps(plan: Plan, run: Run, devices: Devices, port: Callable[[], i
     if plan.needs_training(run):
         options = ["--deepspeed", plan.deepspeed, *plan.words_of_training(run), "--resume=auto"]
         steps.append(Step("train", [*launcher(devices, port()), "launchers/train.py", *options]))
-    for name in names:
+    if names:
         start = ["python"] if devices.ranks == 1 else launcher(devices, port())
-        steps.append(Step(name, [*start, "launchers/evaluate.py", *plan.words_of_evaluation(run, name)]))
+        steps.append(Step("evaluate", [*start, "launchers/evaluate.py", *plan.words_of_evaluations(run, names)]))
     return steps
 
 
@@ -80,8 +80,8 @@ def write_array(plan: Plan) -> list[int]:
     """Write the commands of every run for slurm/ablate.sbatch, which needs no Python.
 
     OUT/slurm/tasks.json    folders of the runs; the number of a task is the index of its run
-              task-N.txt    a command per line, its words separated by tabs: ``train`` and options, then ``evaluate``,
-                            the name of the evaluation, and options
+              task-N.txt    a command per line, its words separated by tabs: ``train`` and options, then ``evaluate``
+                            and options
 
     A run keeps its number when arms or seeds are added: tasks of an array that is waiting read their files later.
 
@@ -101,7 +101,7 @@ def write_array(plan: Plan) -> list[int]:
     unfinished = []
     for run in plan.runs:
         lines = [["train", "--deepspeed", plan.deepspeed, *plan.words_of_training(run)]]
-        lines += [["evaluate", name, *plan.words_of_evaluation(run, name)] for name in plan.evaluations]
+        lines.append(["evaluate", *plan.words_of_evaluations(run, plan.evaluations)])
         for word in (word for line in lines for word in line):
             if not word or any(character in word for character in "\t\n"):
                 raise ValueError(f"--slurm: the option {word!r} is empty or contains a tab or a newline.")

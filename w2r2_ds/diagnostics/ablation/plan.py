@@ -8,18 +8,21 @@ OUT/ablation.json                    what all runs share (identity.py); a later 
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from w2r2_ds.diagnostics.ablation.grid import Arm, option_words
+from w2r2_ds.evaluation.options import check_evaluation_names
 from w2r2_ds.training.checkpoint.manifest import is_trained, newest, weights_sha256
 from w2r2_ds.utils.files.json_io import read_json_object
 
 EVALUATIONS = {"fused": {"geometry": "fused"}, "zero": {"geometry": "zero"}}
 """Default evaluations of every run: name -> options of launchers/evaluate.py."""
+EVALUATION = "evaluation"
+"""Folder of a run with a folder per evaluation."""
 
 
 @dataclass(frozen=True)
@@ -75,9 +78,7 @@ class Plan:
             raise ValueError(f"--baseline is {self.baseline!r}; the arms are {', '.join(names)}.")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
             raise ValueError(f"--seeds is {list(self.seeds)}; it must be different numbers, none below 0.")
-        for name in self.evaluations:
-            if not re.fullmatch(r"[\w.+=-]+", name, flags=re.ASCII) or name.startswith("."):
-                raise ValueError(f"--evaluations: {name!r} is the name of a folder; use letters, digits, - and _.")
+        check_evaluation_names(self.evaluations)
 
     @property
     def runs(self) -> list[Run]:
@@ -91,12 +92,12 @@ class Plan:
         own = [*option_words(run.arm.options), f"--train.seed={run.seed}", f"--out={run.folder}"]
         return [*self._plugin_words(), *self.train_words, *own]
 
-    def words_of_evaluation(self, run: Run, name: str) -> list[str]:
-        """Options of launchers/evaluate.py."""
-        options = [f"--{option}={value}" for option, value in self.evaluations[name].items()]
-        paths = [f"--checkpoint={run.folder}", f"--out={evaluation_folder(run, name)}"]
+    def words_of_evaluations(self, run: Run, names: Iterable[str]) -> list[str]:
+        """Options of launchers/evaluate.py for some of the evaluations, which load the model once."""
+        options = json.dumps({name: self.evaluations[name] for name in names})
+        paths = [f"--checkpoint={run.folder}", f"--out={run.folder / EVALUATION}"]
         # Only `launchers/evaluate.py` knows whether finished files belong to these weights, data and options.
-        return [*self._plugin_words(), *paths, *options, "--reuse=true"]
+        return [*self._plugin_words(), *paths, f"--evaluations={options}", "--reuse=true"]
 
     def needs_training(self, run: Run) -> bool:
         """Whether the run has no checkpoint of its last step."""
@@ -116,7 +117,7 @@ class Plan:
 
 def evaluation_folder(run: Run, name: str) -> Path:
     """Folder of one evaluation of a run."""
-    return run.folder / "evaluation" / name
+    return run.folder / EVALUATION / name
 
 
 def read_score_file(run: Run, name: str) -> tuple[Path, dict[str, Any]] | None:

@@ -38,7 +38,7 @@ class Failure:
 
     Attributes:
         run: the run.
-        step: name of the failed command: ``train``, or an evaluation.
+        step: name of the failed command: ``train`` or ``evaluate``.
         exit_code: its exit code.
         log: file with its output.
     """
