@@ -1,7 +1,8 @@
-"""Table of the demo's scores for README.md and docs/get-started/first-run.md.
+"""Tables of the demo's scores for README.md, docs/get-started/first-run.md and docs/research/demo-pair.md.
 
-``python docs/scripts/demo_table.py runs/demo`` writes docs/measured/demo.json from a finished demo and prints its
-table; without an argument, it prints the table of that file.
+``python docs/scripts/demo_table.py runs/demo`` writes docs/measured/demo.json from a finished demo and prints the
+tables of both files; runs/demo_vggt (``--demo.geometry vggt``) becomes docs/measured/demo_vggt.json. Without an
+argument, it prints the tables only.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from w2r2_ds.bench.report import describe_machine
 from w2r2_ds.demo.results_table import METRICS
 from w2r2_ds.diagnostics.table1 import OVERALL
 
-FILE = Path(__file__).parents[1] / "measured" / "demo.json"
+MEASURED = Path(__file__).parents[1] / "measured"
+FILE, VGGT_FILE = MEASURED / "demo.json", MEASURED / "demo_vggt.json"
 NAMES = {"scanrefer": "ScanRefer", "scan2cap": "Scan2Cap", "scanqa": "ScanQA"}
 
 
@@ -59,6 +61,7 @@ def _cell(row: Mapping[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        FILE.write_text(json.dumps(collect(Path(sys.argv[1])), indent=1) + "\n")
-    print(table(json.loads(FILE.read_text())["tasks"]))
+    for folder in map(Path, sys.argv[1:]):
+        (MEASURED / f"{folder.name}.json").write_text(json.dumps(collect(folder), indent=1) + "\n")
+    for file in (FILE, VGGT_FILE):
+        print(f"{file.stem}\n{table(json.loads(file.read_text())['tasks'])}\n")

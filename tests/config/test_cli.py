@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from jsonargparse import auto_cli
 
 from w2r2_ds.config.cli import Parser, did_you_mean, without_python_types
-from w2r2_ds.config.io import DEMO_RECIPE, RECIPES, load_config, parse_run, run_parser
+from w2r2_ds.config.io import DEMO_RECIPE, DEMO_RECIPES, RECIPES, load_config, parse_run, run_parser
 from w2r2_ds.config.schema import RunConfig
 
 RECIPE = str(RECIPES / "scanrefer_3b.yaml")
@@ -42,8 +43,17 @@ def test_the_command_line_takes_precedence_in_any_order(args: list[str]) -> None
 
 
 def test_without_a_recipe_the_demo_runs() -> None:
-    assert parsed() == load_config(DEMO_RECIPE)
+    assert parsed() == load_config() == load_config(DEMO_RECIPE)
     assert parsed("--out", "x", "--resume", "auto", "--demo.frames", "3").demo.frames == 3
+
+
+def test_the_geometry_of_the_demo_selects_its_recipe() -> None:
+    """The recipes differ in paths and geometry only."""
+    vggt, default = parsed("--demo.geometry", "vggt"), parsed("--demo.geometry=point_map")
+    assert vggt == load_config(DEMO_RECIPES["vggt"]) == load_config(overrides=["--demo.geometry", "vggt"])
+    assert (vggt.model.geometry.name, vggt.demo.geometry, default) == ("vggt", "vggt", load_config(DEMO_RECIPE))
+    model = replace(default.model, vlm=vggt.model.vlm, merger=vggt.model.merger, geometry=vggt.model.geometry)
+    assert replace(default, out=vggt.out, model=model, demo=vggt.demo) == vggt
 
 
 @pytest.mark.parametrize("args", [["--train.lr", "1e-4"], ["--model.vlm", "x"], ["--objective.push_term.margin", "2"]])

@@ -23,9 +23,12 @@ def config_with(folder: Path, *words: str) -> RunConfig:
 def weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder in place of the weights in the package."""
     folder = tmp_path / "weights"
-    (folder / "vlm").mkdir(parents=True)
-    for name in ("vlm/config.json", MERGER, CARD):
-        (folder / name).write_text(f"content of {name}")
+    for pair in ("point_map", "vggt_pair"):
+        (folder / pair / "vlm").mkdir(parents=True)
+        for name in ("vlm/config.json", MERGER, CARD):
+            (folder / pair / name).write_text(f"content of {name}")
+    (folder / "vggt").mkdir()
+    (folder / "vggt" / "model.safetensors").write_text("a VGGT")
     monkeypatch.setattr(assets, "WEIGHTS", folder)
     return folder
 
@@ -38,10 +41,25 @@ def test_models_are_copied_and_reused(weights: Path, tmp_path: Path) -> None:
     (tmp_path / "tiny" / "vlm" / "more").touch()
     copy_models(config)
     assert (tmp_path / "tiny" / "vlm" / "more").is_file(), "not copied again"
-    (weights / CARD).write_text("other weights")
+    (weights / "point_map" / CARD).write_text("other weights")
     with pytest.raises(ValueError, match="tiny exists, but is no copy"):
         copy_models(config)
     assert {path.name for path in tmp_path.iterdir()} == {"weights", "tiny"}
+
+
+def test_the_vggt_is_copied_with_its_pair(weights: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "tiny"
+    path = ["--model.geometry.path", f"{folder}/vggt"]
+    copy_models(config_with(folder, "--demo.geometry", "vggt", *path))
+    assert (folder / "vggt" / "model.safetensors").read_text() == "a VGGT"
+    assert (folder / MERGER).read_text() == f"content of {MERGER}"
+
+
+@pytest.mark.parametrize("words", [["--model.geometry.path", "elsewhere"], ["--model.geometry.name", "point_map"]])
+def test_another_geometry_than_that_of_the_pair_raises(weights: Path, tmp_path: Path, words: list[str]) -> None:
+    with pytest.raises(ValueError, match=r"demo\.geometry is vggt.*model\.geometry.*demo_vggt\.yaml"):
+        copy_models(config_with(tmp_path / "tiny", "--demo.geometry", "vggt", *words))
+    assert not (tmp_path / "tiny").exists()
 
 
 def test_existing_models_are_not_overwritten(weights: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from ablation_runs import write_checkpoint
 from runs import ROOT
+from w2r2_ds.commands import demo
 from w2r2_ds.config.io import load_config
 from w2r2_ds.demo import run
 
@@ -54,7 +55,7 @@ def test_finished_steps_are_reused_and_the_report_is_written(monkeypatch: pytest
     """With a checkpoint, scores and an adapter, only the scenes and the report are commands."""
     config = load_config(overrides=["--out", str(tmp_path / "train")])
     commands: list[tuple[str, ...]] = []
-    monkeypatch.setattr(run, "load_config", lambda: config)
+    monkeypatch.setattr(run, "load_config", lambda overrides: config)
     monkeypatch.setattr(run, "run_command", lambda *words: commands.append(words))
     monkeypatch.setattr(run, "print_results", lambda *_: 1.0)
     write_checkpoint(Path(config.out), config.train.steps)
@@ -79,10 +80,29 @@ def test_finished_steps_are_reused_and_the_report_is_written(monkeypatch: pytest
     assert [words[1] for words in commands] == ["launchers/prepare.py", "launchers/diagnose.py"]
 
 
+def test_the_geometry_of_the_demo_is_passed_to_its_commands(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Scenes, models and training get the option; the other commands get it from the checkpoint."""
+    commands: list[tuple[str, ...]] = []
+
+    def command(*words: str) -> None:
+        commands.append(words)
+        if words[0] == "deepspeed":
+            sys.exit("stop here")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run, "run_command", command)
+    with pytest.raises(SystemExit, match="stop here"):
+        demo.main(["--demo.geometry", "vggt"])
+    assert all(words[-2:] == ("--demo.geometry", "vggt") for words in commands) and len(commands) == 2
+    with pytest.raises(SystemExit) as stopped:
+        demo.main(["--demo.geometry", "nerf"])
+    assert stopped.value.code == 1
+
+
 def test_few_parsed_answers_are_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     config = load_config(overrides=["--out", str(tmp_path / "train")])
     write_checkpoint(Path(config.out), config.train.steps)
-    monkeypatch.setattr(run, "load_config", lambda: config)
+    monkeypatch.setattr(run, "load_config", lambda overrides: config)
     monkeypatch.setattr(run, "run_command", lambda *_: None)
     monkeypatch.setattr(run, "print_results", lambda *_: 0.94)
     with pytest.raises(SystemExit, match=r"94\.0%"):

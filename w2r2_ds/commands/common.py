@@ -6,7 +6,8 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, MutableMapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from w2r2_ds.config.cli import Parser
 from w2r2_ds.config.numbers import check_numbers
@@ -15,6 +16,17 @@ from w2r2_ds.utils.plugins import import_plugins
 
 ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 """Environment variables with PyTorch's settings of its GPU allocator: the current one, and older names."""
+
+
+@dataclass(frozen=True)
+class DemoOptions:
+    """Options of the demo's commands.
+
+    Args:
+        geometry: geometry encoder of the tiny model: exact point maps, or a tiny VGGT.
+    """
+
+    geometry: Literal["point_map", "vggt"] = "point_map"
 
 
 def function_parser(function: Callable[..., Any], prog: str, skip: tuple[str, ...] = ()) -> Parser:

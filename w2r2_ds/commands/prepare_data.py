@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from w2r2_ds.commands.common import function_parser
+from w2r2_ds.commands.common import DemoOptions, function_parser
 from w2r2_ds.config.cli import Parser
 from w2r2_ds.data.frames.selection import FrameOptions
 from w2r2_ds.data.tasks.base import TASKS, TaskOptions
@@ -231,15 +231,16 @@ def synthetic(
     print(written.message)
 
 
-def demo(workers: int = 0) -> None:
+def demo(workers: int = 0, demo: DemoOptions = DemoOptions()) -> None:  # noqa: B008
     """Make the data and models of the demo recipe: prepared synthetic scenes, and a copy of the tiny pretrained model.
 
     Args:
         workers: number of processes; 0 means one per available core.
+        demo: options of the demo.
     """
     from w2r2_ds.config.io import load_config
     from w2r2_ds.demo.assets import copy_models, prepare_scenes
 
-    config = load_config()
+    config = load_config(overrides=["--demo.geometry", demo.geometry])
     prepare_scenes(config, _processes(workers))
     copy_models(config)

@@ -22,6 +22,8 @@ from w2r2_ds.utils.files import atomic_io
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 DEMO_RECIPE = RECIPES / "demo.yaml"
+DEMO_RECIPES = {"point_map": DEMO_RECIPE, "vggt": RECIPES / "demo_vggt.yaml"}
+"""Recipe of the demo by `demo.geometry`."""
 WITHOUT_RECIPE = ("out", "resume", "demo.")
 """Options that are allowed without `--config`, when the run is the demo; real models need a recipe."""
 
@@ -46,11 +48,11 @@ def model_from_tree(tree: Any, source: str) -> ModelConfig:
     return _validated(TypeAdapter(ModelConfig), tree, source)
 
 
-def load_config(path: str | Path = DEMO_RECIPE, overrides: Sequence[str] = ()) -> RunConfig:
+def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a recipe or a saved configuration.
 
     Args:
-        path: YAML file.
+        path: YAML file; None for the demo's recipe.
         overrides: options of a command line, which take precedence over the file.
 
     Raises:
@@ -59,8 +61,13 @@ def load_config(path: str | Path = DEMO_RECIPE, overrides: Sequence[str] = ()) -
     parser = run_parser("")
     parser.exit_on_error = False  # raise ValueError instead: the caller is Python, not a command line
     given, rest = _given(parser, overrides)
-    recipe = rest.config or path
+    recipe = rest.config or path or demo_recipe(given)
     return from_tree(merged(read_yaml(recipe), given), _source(recipe, given))
+
+
+def demo_recipe(given: Mapping[str, Any]) -> Path:
+    """The demo's recipe for the options of a command line; an unknown `demo.geometry` is an error of that recipe."""
+    return DEMO_RECIPES.get(given.get("demo", {}).get("geometry"), DEMO_RECIPE)
 
 
 def run_parser(description: str, prog: str | None = None) -> OneLineParser:
@@ -86,7 +93,7 @@ def parse_run(parser: OneLineParser, args: Sequence[str]) -> tuple[RunConfig, ar
         The configuration, and the values of the parser's additional options.
     """
     given, rest = _given(parser, args)
-    recipe = rest.config or str(DEMO_RECIPE)
+    recipe = rest.config or str(demo_recipe(given))
     if rest.config is None:
         for name, _ in dotted(given):
             if not name.startswith(WITHOUT_RECIPE):

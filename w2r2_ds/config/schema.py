@@ -330,6 +330,8 @@ class DemoConfig:
 
     Args:
         enabled: generate the synthetic scenes, and copy the tiny model, if they are missing.
+        geometry: geometry encoder of the tiny model, exact point maps or a tiny VGGT. Without --config, vggt selects
+            the recipe demo_vggt.yaml.
         train_scenes: number of synthetic training scenes.
         val_scenes: number of synthetic validation scenes.
         frames_per_scene: number of frames rendered along each camera path.
@@ -338,6 +340,7 @@ class DemoConfig:
     """
 
     enabled: bool = False
+    geometry: Literal["point_map", "vggt"] = "point_map"
     train_scenes: PositiveInt = 100
     val_scenes: PositiveInt = 60
     frames_per_scene: PositiveInt = 4

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from w2r2_ds.config.io import DEMO_RECIPES
 from w2r2_ds.config.schema import RunConfig
 from w2r2_ds.data.frames.selection import FrameOptions
 from w2r2_ds.data.prepare.manifest import summary_line
@@ -17,8 +18,12 @@ from w2r2_ds.models.merger_io import MERGER
 
 logger = logging.getLogger(__name__)
 
-WEIGHTS = Path(__file__).parent / "weights" / "point_map"
-"""The tiny pair: ``vlm/`` (Qwen2.5-VL), geometry_merger.safetensors, and card.json and card.md, which describe it."""
+WEIGHTS = Path(__file__).parent / "weights"
+PAIRS = {"point_map": "point_map", "vggt": "vggt_pair"}
+"""`demo.geometry` -> folder of a tiny pair: ``vlm/`` (Qwen2.5-VL), geometry_merger.safetensors, and card.json and
+card.md, which describe it."""
+VGGT = "vggt"
+"""Folder of the tiny VGGT, here and beside the copy of its pair."""
 CARD = "card.json"
 IMAGE_SIZE = (168, 112)
 """Width and height of an image, pixels. The pair was pretrained with this size, and with the other options below."""
@@ -83,10 +88,11 @@ def _task_options(path: str, split: Any, frames: int) -> TaskOptions:
 
 
 def copy_models(config: RunConfig) -> None:
-    """Copy the tiny VLM and its geometry merger to the folder of `model.vlm`, or reuse an earlier copy.
+    """Copy the tiny VLM, its geometry merger and the tiny VGGT to the folder of `model.vlm`, or reuse an earlier copy.
 
     Raises:
-        ValueError: `model.vlm` and `model.merger` are not in one folder, or it has other files.
+        ValueError: the paths of `model` are not in one folder, it has other files, or `model.geometry` is not
+            `demo.geometry`.
     """
     vlm, merger = Path(config.model.vlm), Path(config.model.merger)
     if (vlm.name, merger.name) != ("vlm", MERGER) or vlm.parent != merger.parent:
@@ -94,7 +100,15 @@ def copy_models(config: RunConfig) -> None:
             f"demo.enabled copies tiny models to FOLDER/vlm and FOLDER/{MERGER}, but model.vlm is {vlm} and "
             f"model.merger {merger}; use --demo.enabled false for your own models."
         )
-    folder, card = vlm.parent, WEIGHTS / CARD
+    folder, demo = vlm.parent, config.demo.geometry
+    geometry, expected = config.model.geometry, str(folder / VGGT) if demo == "vggt" else ""
+    if (geometry.name, geometry.path) != (demo, expected):
+        raise ValueError(
+            f"demo.geometry is {demo}, but model.geometry is {geometry.name} with the path {geometry.path!r}, not "
+            f"{demo} with {expected!r}; use the recipe {DEMO_RECIPES[demo].name}."
+        )
+    pair = WEIGHTS / PAIRS[demo]
+    card = pair / CARD
     if folder.exists():
         if not (folder / CARD).is_file() or (folder / CARD).read_bytes() != card.read_bytes():
             raise ValueError(f"{folder} exists, but is no copy of the demo's models; remove it or use another folder.")
@@ -103,7 +117,9 @@ def copy_models(config: RunConfig) -> None:
     # Copied to a temporary folder, which is renamed at the end: a folder of this name is complete.
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(WEIGHTS, partial)
+    shutil.copytree(pair, partial)
+    if demo == "vggt":
+        shutil.copytree(WEIGHTS / VGGT, partial / VGGT)
     partial.rename(folder)
 
 

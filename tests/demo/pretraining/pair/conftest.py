@@ -12,6 +12,7 @@ from w2r2_ds.data.frames.selection import FrameOptions
 from w2r2_ds.data.prepare.pipeline import prepare
 from w2r2_ds.data.prepared_set import PreparedSet
 from w2r2_ds.data.tasks.base import TaskOptions
+from w2r2_ds.demo.assets import PAIRS, WEIGHTS
 from w2r2_ds.demo.pretraining.pair.rooms.room_set import RoomSet, render_room, stack_rooms
 from w2r2_ds.demo.pretraining.pair.rooms.tasks import DECIMALS
 from w2r2_ds.demo.pretraining.pair.settings import IMAGE_SIZE, ROOM_FRAMES, SAMPLE_FRAMES
@@ -61,7 +62,5 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> WrittenRooms:
 
 @pytest.fixture(scope="session")
 def shipped() -> Path:
-    """Folder of the weights that the package ships."""
-    import w2r2_ds.demo
-
-    return Path(w2r2_ds.demo.__file__).parent / "weights" / "point_map"
+    """Folder of the default pair that the package ships, on point maps."""
+    return WEIGHTS / PAIRS["point_map"]

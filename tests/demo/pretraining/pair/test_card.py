@@ -10,15 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from w2r2_ds.demo.assets import WEIGHTS as POINT_MAP_PAIR
+from w2r2_ds.demo.assets import PAIRS, WEIGHTS
 from w2r2_ds.demo.pretraining.card_files import CARD, TEXT, file_hashes
 from w2r2_ds.demo.pretraining.pair.card import SHORT, card_text, short_run
 from w2r2_ds.demo.pretraining.pair.encoders import Geometry, geometry_config
 from w2r2_ds.models.weights.loading import load_tokenizer, load_vlm
-
-WEIGHTS = POINT_MAP_PAIR.parent
-PAIRS = {"point_map": "point_map", "vggt": "vggt_pair"}
-"""Geometry encoder -> folder."""
 
 
 @dataclass(frozen=True)

@@ -142,7 +142,7 @@ A tiny Qwen2.5-VL (`vlm/`: 4 layers of width 128, vision tower of 3 blocks of wi
   the course of stage 3, versions and SHA-256 of every file are in `card.json`.
 * **Time.** {minutes} minutes without the rendering of the rooms ({cpu}).
 
-Repeat it with `python -m w2r2_ds.demo.pretraining{option} --work FOLDER --out FOLDER`.
+Repeat it with `python -m w2r2_ds.demo.pretraining{option} --seed {s.seed} --work FOLDER --out FOLDER`.
 
 Scores of these files on {s.val_rooms} rooms that are not in the training (greedy answers; acc25, acc50: percent with
 an IoU of at least 0.25 and 0.5; exact: percent equal to the label; only 2d: without geometry; shuffled: with the
