@@ -82,7 +82,7 @@ def numeric_options(parser: Any) -> list[str]:
         for action in parser._actions
         if action.option_strings
     }
-    return [name for name, kind in kinds.items() if "int" in kind or "float" in kind]
+    return [name for name, kind in kinds.items() if re.search(r"\b(int|float)\b", kind)]
 
 
 def test_commands_without_numeric_options() -> None:

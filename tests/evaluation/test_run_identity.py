@@ -10,7 +10,7 @@ from unittest.mock import patch
 import pytest
 
 from w2r2_ds.config.schema import RunConfig
-from w2r2_ds.evaluation import runner
+from w2r2_ds.evaluation import plan
 from w2r2_ds.evaluation.conditions import find_condition
 from w2r2_ds.models.build import plugin_code
 from w2r2_ds.models.fusion import FUSIONS
@@ -29,12 +29,12 @@ def test_answers_of_an_edited_plugin_are_not_reused(
     model_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(plugins, "IMPORTED", [])
-    monkeypatch.setattr(runner, "trained_weights_sha256", lambda path: "weights")
+    monkeypatch.setattr(plan, "trained_weights_sha256", lambda path: "weights")
     file = tmp_path / "scaled.py"
 
     def identity(fusion: str) -> dict[str, Any]:
         config = RunConfig(model=replace(model_config, fusion=fusion))
-        return runner._run_identity(tmp_path, config, [], find_condition("fused"), 8)
+        return plan._run_identity(tmp_path, config, [], find_condition("fused"), 8)
 
     with patch.dict(FUSIONS):
         file.write_text(FUSION)

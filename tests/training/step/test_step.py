@@ -359,7 +359,7 @@ def test_contrast_needs_a_second_scene_in_the_training_set(
     objective, train = objective_config(push="contrast"), TrainConfig(micro_batch=2)
     config = RunConfig(model=model_config, objective=objective, train=train)
     check_objective(config, frontend, two_scenes(samples))
-    with pytest.raises(ValueError, match=r"objective\.push_term contrast.*data\.train has 1 scene"):
+    with pytest.raises(ValueError, match=r"objective\.push_term contrast.*data\.train has 1 room"):
         check_objective(config, frontend, samples)
     check_objective(replace(config, objective=objective_config()), frontend, samples)
 
