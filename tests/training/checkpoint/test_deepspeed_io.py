@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import pickle
 import shutil
 import socket
 from pathlib import Path
@@ -71,6 +72,14 @@ def test_environment_variables_cannot_allow_code_and_are_restored(trap: Path, mo
         load(trap)
     assert not (trap.parent / "ran").exists()
     assert os.environ[FORCE_OFF] == "1" and FORCE not in os.environ
+
+
+def test_the_zero_stage_is_pickled_without_getattr() -> None:
+    """On every Python: 3.11.2 pickles members of an enumeration as a call of getattr."""
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    content = pickle.dumps(ZeroStageEnum.weights)
+    assert b"getattr" not in content and pickle.loads(content) is ZeroStageEnum.weights
 
 
 def test_deepspeeds_own_classes_are_read(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ pickle refers to. Here every read is restricted to tensors, built-in containers 
 
 from __future__ import annotations
 
+import copyreg
 import os
 import pickle
 import socket
@@ -22,6 +23,7 @@ from zipfile import is_zipfile
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
+from deepspeed.runtime.zero.config import ZeroStageEnum
 from torch.serialization import get_safe_globals, get_unsafe_globals_in_checkpoint, safe_globals
 
 from w2r2_ds.utils.files import atomic_io
@@ -35,6 +37,14 @@ ENGINE = "engine"
 FORCE, FORCE_OFF = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 RECOVERY_SCRIPTS = ("zero_to_fp32.py", "zero_to_torch.py")
 """Scripts that DeepSpeed copies beside its shards; deleted, because they unpickle without restriction."""
+
+
+def _reduce_stage(stage: ZeroStageEnum) -> tuple[type[ZeroStageEnum], tuple[int]]:
+    return ZeroStageEnum, (stage.value,)
+
+
+# DeepSpeed's shards have the ZeRO stage. Python 3.11.2 would pickle it as a call of getattr, which no read allows.
+copyreg.pickle(ZeroStageEnum, _reduce_stage)
 
 
 class RankWriter:
