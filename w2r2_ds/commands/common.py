@@ -7,10 +7,11 @@ import os
 import sys
 from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from w2r2_ds.config.cli import Parser
 from w2r2_ds.config.numbers import check_numbers
+from w2r2_ds.types.geometry import DemoGeometry
 from w2r2_ds.utils.logging import setup_logging, stdout_to_stderr
 from w2r2_ds.utils.plugins import import_plugins
 
@@ -26,7 +27,7 @@ class DemoOptions:
         geometry: geometry encoder of the tiny model: exact point maps, or a tiny VGGT.
     """
 
-    geometry: Literal["point_map", "vggt"] = "point_map"
+    geometry: DemoGeometry = "point_map"
 
 
 def function_parser(function: Callable[..., Any], prog: str, skip: tuple[str, ...] = ()) -> Parser:

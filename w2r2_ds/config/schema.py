@@ -16,7 +16,7 @@ from pydantic_core import ArgsKwargs
 
 from w2r2_ds.config.numbers import MAX_NUMBER, check_numbers
 from w2r2_ds.config.safe_text import check_config_texts
-from w2r2_ds.types.geometry import ScaleHint
+from w2r2_ds.types.geometry import DemoGeometry, ScaleHint
 
 STRICT = ConfigDict(extra="forbid")
 
@@ -340,7 +340,7 @@ class DemoConfig:
     """
 
     enabled: bool = False
-    geometry: Literal["point_map", "vggt"] = "point_map"
+    geometry: DemoGeometry = "point_map"
     train_scenes: PositiveInt = 100
     val_scenes: PositiveInt = 60
     frames_per_scene: PositiveInt = 4

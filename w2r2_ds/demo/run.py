@@ -12,7 +12,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Literal
 
 import torch
 from rich.console import Console
@@ -22,6 +21,7 @@ from w2r2_ds.config.schema import RunConfig
 from w2r2_ds.demo.results_table import METRICS, causality_line, parsed_share, results_table
 from w2r2_ds.training.checkpoint.manifest import find_checkpoint, has_checkpoint, is_newer, is_trained
 from w2r2_ds.training.deepspeed.process_group import free_port
+from w2r2_ds.types.geometry import DemoGeometry
 from w2r2_ds.utils.files.json_io import read_json_object
 from w2r2_ds.utils.gpus import check_gpus
 from w2r2_ds.utils.packages import import_problem
@@ -50,7 +50,7 @@ def run_command(*command: str) -> None:
         sys.exit(f"demo: the command above failed with exit status {done.returncode}.")
 
 
-def run_demo(geometry: Literal["point_map", "vggt"] = "point_map") -> None:
+def run_demo(geometry: DemoGeometry = "point_map") -> None:
     """Run all steps of the demo, in minutes; finished steps are reused.
 
     Args:

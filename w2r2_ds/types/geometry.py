@@ -8,6 +8,8 @@ from typing import Literal
 
 ScaleHint = Literal["none", "depth", "poses"]
 """Metric lengths that a geometry encoder compares with its predictions: none, depth, or distances of camera centres."""
+DemoGeometry = Literal["point_map", "vggt"]
+"""Geometry encoders with a pretrained pair of tiny models (`demo.geometry`)."""
 
 
 @dataclass(frozen=True)

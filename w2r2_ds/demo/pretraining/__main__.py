@@ -12,12 +12,13 @@ from typing import Any, get_args
 import torch
 
 from w2r2_ds.demo.pretraining.pair.card import write_card
-from w2r2_ds.demo.pretraining.pair.encoders import VGGT_WEIGHTS, Geometry, geometry_config
+from w2r2_ds.demo.pretraining.pair.encoders import VGGT_WEIGHTS, geometry_config
 from w2r2_ds.demo.pretraining.pair.evaluate import evaluate
 from w2r2_ds.demo.pretraining.pair.export import export_weights
 from w2r2_ds.demo.pretraining.pair.rooms.tasks import Task
 from w2r2_ds.demo.pretraining.pair.run import round_to_bfloat16, run_stages
 from w2r2_ds.demo.pretraining.pair.settings import SETTINGS
+from w2r2_ds.types.geometry import DemoGeometry
 
 
 def main(args: list[str] | None = None) -> None:
@@ -26,7 +27,7 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder of rooms and results of stages; continued")
     parser.add_argument("--out", type=Path, required=True, help="folder of the weights and the card")
     parser.add_argument(
-        "--geometry", choices=get_args(Geometry), default="point_map", help="geometry encoder of the pair"
+        "--geometry", choices=get_args(DemoGeometry), default="point_map", help="geometry encoder of the pair"
     )
     parser.add_argument("--vggt", type=Path, default=VGGT_WEIGHTS, help="folder of the VGGT, with --geometry vggt")
     parser.add_argument("--seed", type=int, default=0, help="seed of rooms, weights and draws")

@@ -13,15 +13,16 @@ import torch
 from w2r2_ds.demo.assets import PAIRS, WEIGHTS
 from w2r2_ds.demo.pretraining.card_files import CARD, TEXT, file_hashes
 from w2r2_ds.demo.pretraining.pair.card import SHORT, card_text, short_run
-from w2r2_ds.demo.pretraining.pair.encoders import Geometry, geometry_config
+from w2r2_ds.demo.pretraining.pair.encoders import geometry_config
 from w2r2_ds.models.weights.loading import load_tokenizer, load_vlm
+from w2r2_ds.types.geometry import DemoGeometry
 
 
 @dataclass(frozen=True)
 class Shipped:
     """A pair that the package ships: its geometry encoder, folder and card."""
 
-    geometry: Geometry
+    geometry: DemoGeometry
     folder: Path
     card: dict[str, Any]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,52 +9,32 @@ import numpy as np
 import pytest
 import torch
 
-from w2r2_ds.config.schema import DataConfig, ModelConfig
+from pretraining_pair import DATA, LoadedPair, load_pair
+from w2r2_ds.config.schema import ModelConfig
 from w2r2_ds.data.loader import make_collate, make_processor
 from w2r2_ds.demo.pretraining.pair.encoders import geometry_config, identity
 from w2r2_ds.demo.pretraining.pair.evaluate import FRAMES
-from w2r2_ds.demo.pretraining.pair.pair import Pair
-from w2r2_ds.demo.pretraining.pair.prompts import Prompts
 from w2r2_ds.demo.pretraining.pair.rooms.frames import turns_to_camera
 from w2r2_ds.demo.pretraining.pair.rooms.geometry import VIEWS, ImageGeometry, view_geometry
 from w2r2_ds.demo.pretraining.pair.rooms.tasks import grounding, targets
 from w2r2_ds.demo.pretraining.pair.rooms.views import RoomData, draw_view, make_view
 from w2r2_ds.demo.pretraining.pair.stages.questions import pack, packed_states
-from w2r2_ds.demo.pretraining.pair.stages.tower import encode_rooms
-from w2r2_ds.models.build import build_model, load_frontend
-from w2r2_ds.models.weights.loading import load_vlm
-
-DATA = DataConfig(frame_width=168, max_length=512, workers=0)
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """The model with VGGT and a random merger, its data pipeline, and the pair of the pretraining."""
-
-    model: Any
-    frontend: Any
-    pair: Pair
-    data: RoomData
 
 
 @pytest.fixture(scope="module")
-def loaded(shipped: Path, written: Any) -> Loaded:
+def loaded(shipped: Path, written: Any) -> LoadedPair:
+    """A model with VGGT and a random merger."""
     geometry = geometry_config("vggt")
     config = ModelConfig(vlm=str(shipped / "vlm"), geometry=geometry, merger_hidden=64, dtype="float32", lora_rank=2)
-    model = build_model(config, torch.device("cpu"), seed=0).eval()
+    loaded = load_pair(config, written.rooms)
     with torch.no_grad():  # from the small initial weights to tokens of the size of embeddings
-        for linear in (model.geometry_merger.mlp[0], model.geometry_merger.mlp[2]):
+        for linear in (loaded.model.geometry_merger.mlp[0], loaded.model.geometry_merger.mlp[2]):
             linear.weight.mul_(3)
-    frontend, vlm = load_frontend(config), load_vlm(config.vlm, torch.float32, "sdpa")
-    pair = Pair(vlm, model.geometry_merger, Prompts(frontend.tokenizer, vlm))
-    features = encode_rooms(vlm.model.visual, written.rooms, torch.float32)
-    return Loaded(
-        model, frontend, pair, RoomData(written.rooms, features, view_geometry(model.geometry, written.rooms, 0))
-    )
+    return loaded
 
 
 @torch.no_grad()
-def test_logits_equal_those_of_the_model(loaded: Loaded, written: Any) -> None:
+def test_logits_equal_those_of_the_model(loaded: LoadedPair, written: Any) -> None:
     """Float16 keeps 11 bits of a feature. With its rounding, logits of about 10 differ by orders of summation only."""
     view = make_view(loaded.data, 0, FRAMES)
     own = {q.question: q for q in (grounding(loaded.data, view, int(i)) for i in targets(loaded.data, view))}
@@ -75,7 +54,7 @@ def test_logits_equal_those_of_the_model(loaded: Loaded, written: Any) -> None:
     assert (pair.logits(without) - expected).abs().max() > 0.1, "geometry matters"
 
 
-def test_views_are_few_in_the_demos_frame_and_encoded_once(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_views_are_few_in_the_demos_frame_and_encoded_once(loaded: LoadedPair, monkeypatch: pytest.MonkeyPatch) -> None:
     data = RoomData(
         loaded.data.rooms, loaded.data.features, view_geometry(loaded.model.geometry, loaded.data.rooms, seed=1)
     )
@@ -102,6 +81,6 @@ def test_views_are_few_in_the_demos_frame_and_encoded_once(loaded: Loaded, monke
     assert {mirrored for _, _, mirrored in found} == {True, False}
 
 
-def test_the_kind_of_geometry_follows_from_the_encoder(loaded: Loaded) -> None:
+def test_the_kind_of_geometry_follows_from_the_encoder(loaded: LoadedPair) -> None:
     assert isinstance(loaded.data.geometry, ImageGeometry)
     assert identity(geometry_config("point_map")) == {} and set(identity(geometry_config("vggt"))) == {"vggt"}

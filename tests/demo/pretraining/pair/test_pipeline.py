@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,22 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from w2r2_ds.config.schema import DataConfig, GeometryConfig, ModelConfig
+from pretraining_pair import DATA, LoadedPair, load_pair
+from w2r2_ds.config.schema import GeometryConfig, ModelConfig
 from w2r2_ds.data.loader import make_collate, make_processor
 from w2r2_ds.demo.pretraining.pair.evaluate import FRAMES
-from w2r2_ds.demo.pretraining.pair.pair import Pair
-from w2r2_ds.demo.pretraining.pair.prompts import Prompts
-from w2r2_ds.demo.pretraining.pair.rooms.geometry import view_geometry
 from w2r2_ds.demo.pretraining.pair.rooms.room_set import GRID
 from w2r2_ds.demo.pretraining.pair.rooms.tasks import TaskQuestion, answers, caption, grounding, targets
-from w2r2_ds.demo.pretraining.pair.rooms.views import RoomData, make_view
+from w2r2_ds.demo.pretraining.pair.rooms.views import make_view
 from w2r2_ds.demo.pretraining.pair.stages.questions import pack, packed_states
-from w2r2_ds.demo.pretraining.pair.stages.tower import encode_rooms
-from w2r2_ds.models.build import build_model, load_frontend
 from w2r2_ds.models.merger_io import MERGER
-from w2r2_ds.models.weights.loading import load_vlm
-
-DATA = DataConfig(frame_width=168, max_length=512, workers=0)
 
 
 def model_config(folder: Path) -> ModelConfig:
@@ -41,30 +33,12 @@ def model_config(folder: Path) -> ModelConfig:
     )
 
 
-@dataclass(frozen=True)
-class Loaded:
-    """The shipped model, its data pipeline, and the pair of the pretraining with the same weights."""
-
-    model: Any
-    frontend: Any
-    pair: Pair
-    data: RoomData
-
-
 @pytest.fixture(scope="module")
-def loaded(shipped: Path, written: Any) -> Loaded:
-    config = model_config(shipped)
-    model = build_model(config, torch.device("cpu"), seed=0).eval()
-    frontend = load_frontend(config)
-    vlm = load_vlm(config.vlm, torch.float32, "sdpa")
-    pair = Pair(vlm, model.geometry_merger, Prompts(frontend.tokenizer, vlm))
-    # The pretraining stores visual tokens in float16; in float32 they are those of the model.
-    features = encode_rooms(vlm.model.visual, written.rooms, torch.float32)
-    geometry = view_geometry(model.geometry, written.rooms, seed=0)
-    return Loaded(model, frontend, pair, RoomData(written.rooms, features, geometry))
+def loaded(shipped: Path, written: Any) -> LoadedPair:
+    return load_pair(model_config(shipped), written.rooms)
 
 
-def own_questions(loaded: Loaded, room: int, task: str) -> list[TaskQuestion]:
+def own_questions(loaded: LoadedPair, room: int, task: str) -> list[TaskQuestion]:
     """All questions of the pretraining about the frames of a sample."""
     view = make_view(loaded.data, room, FRAMES)
     found = targets(loaded.data, view).tolist()
@@ -76,7 +50,7 @@ def own_questions(loaded: Loaded, room: int, task: str) -> list[TaskQuestion]:
 
 
 @pytest.mark.parametrize("task", ["scanrefer", "scan2cap", "scanqa"])
-def test_token_ids_images_and_points_equal_those_of_the_processor(loaded: Loaded, written: Any, task: str) -> None:
+def test_token_ids_images_and_points_equal_those_of_the_processor(loaded: LoadedPair, written: Any, task: str) -> None:
     processor, prompts = make_processor(loaded.frontend, DATA), loaded.pair.prompts
     compared = 0
     for sample in written.sets[task]:
@@ -101,7 +75,7 @@ def test_token_ids_images_and_points_equal_those_of_the_processor(loaded: Loaded
 
 
 @torch.no_grad()
-def test_logits_of_packed_questions_equal_those_of_the_model(loaded: Loaded, written: Any) -> None:
+def test_logits_of_packed_questions_equal_those_of_the_model(loaded: LoadedPair, written: Any) -> None:
     """Fused and in 2D only; float32 with other orders of summation, logits of about 10."""
     samples = [sample for sample in written.sets["scanrefer"] if sample.scene_id == "scene0000_00"]
     own = {q.question: q for q in own_questions(loaded, 0, "scanrefer")}

@@ -93,7 +93,7 @@ def card_text(card: Mapping[str, Any]) -> str:
         for mode, values in modes.items()
     ]
     size = f"{IMAGE_SIZE[0]} x {IMAGE_SIZE[1]}"
-    encoder, frame, option = _BY_GEOMETRY[card.get("geometry", {}).get("name", "point_map")]
+    encoder, frame, option = _BY_GEOMETRY[card["geometry"]["name"]]
     return _TEXT.format(
         s=settings,
         encoder=encoder,

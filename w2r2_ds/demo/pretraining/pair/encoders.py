@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
 
 import torch
 
 from w2r2_ds.config.schema import GeometryConfig, ModelConfig
+from w2r2_ds.demo.assets import VGGT, WEIGHTS
 from w2r2_ds.features.key import encoder_identity
 from w2r2_ds.models.build import load_geometry
 from w2r2_ds.models.geometry.encoder import GEOMETRY_ENCODERS, GeometryEncoder
+from w2r2_ds.types.geometry import DemoGeometry
 
-Geometry = Literal["point_map", "vggt"]
-VGGT_WEIGHTS = Path(__file__).parents[2] / "weights" / "vggt"
+VGGT_WEIGHTS = WEIGHTS / VGGT
 """The tiny VGGT that the package contains."""
 VGGT_LAYERS = (3,)
 """Layers whose tokens are the features: the last one."""
 
 
-def geometry_config(geometry: Geometry, vggt: Path = VGGT_WEIGHTS) -> GeometryConfig:
+def geometry_config(geometry: DemoGeometry, vggt: Path = VGGT_WEIGHTS) -> GeometryConfig:
     """`model.geometry` of the pair.
 
     Args:

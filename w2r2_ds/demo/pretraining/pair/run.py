@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -147,7 +147,7 @@ def stored_rooms(folder: Path, split: str, count: int, seed: int) -> RoomSet:
     return load_rooms(file)
 
 
-def check_settings(folder: Path, wanted: Mapping[str, Any]) -> None:
+def check_settings(folder: Path, wanted: dict[str, Any]) -> None:
     """Compare the settings with those of the results in the work folder, and write them.
 
     Raises:
@@ -156,11 +156,11 @@ def check_settings(folder: Path, wanted: Mapping[str, Any]) -> None:
     file = folder / SETTINGS
     if file.is_file():
         found = read_json_object(file)
-        if different := [name for name in {**found, **wanted} if found.get(name) != wanted.get(name)]:
+        if different := [name for name in found | wanted if found.get(name) != wanted.get(name)]:
             raise ValueError(
                 f"--work: {folder} has rooms and stages of another {' and '.join(different)}; use another folder."
             )
-    atomic_io.replace(file, json.dumps(dict(wanted), indent=1) + "\n")
+    atomic_io.replace(file, json.dumps(wanted, indent=1) + "\n")
 
 
 def run_stages(folder: Path, settings: Settings, geometry: GeometryConfig) -> tuple[Pretraining, dict[str, Any]]:

@@ -91,18 +91,15 @@ def corners_of(boxes: np.ndarray) -> np.ndarray:
 
 def dense_targets(data: RoomData, views: Sequence[View]) -> DenseTargets:
     """What every visual token of the views shows: the object with most of its pixels."""
-    owners = [view.pixels.argmax(-1).reshape(-1) for view in views]
-    rooms = data.rooms
+    owners = np.stack([view.pixels.argmax(-1).reshape(-1) for view in views])
+    rooms = np.array([[view.room] for view in views])
+    corners = [corners_of(view.boxes)[own] for view, own in zip(views, owners, strict=True)]
+    shown = [(view.pixels.max(-1) >= MIN_PIXELS).reshape(-1) for view in views]
     return DenseTargets(
-        *(
-            torch.from_numpy(np.stack(rows))
-            for rows in (
-                [corners_of(view.boxes)[own].astype(np.float32) for view, own in zip(views, owners, strict=True)],
-                [rooms.classes[view.room, own].astype(np.int64) for view, own in zip(views, owners, strict=True)],
-                [rooms.colors[view.room, own].astype(np.int64) for view, own in zip(views, owners, strict=True)],
-                [(view.pixels.max(-1) >= MIN_PIXELS).reshape(-1) for view in views],
-            )
-        )
+        corners=torch.from_numpy(np.stack(corners)).float(),
+        classes=torch.from_numpy(data.rooms.classes[rooms, owners]).long(),
+        colors=torch.from_numpy(data.rooms.colors[rooms, owners]).long(),
+        shown=torch.from_numpy(np.stack(shown)),
     )
 
 
